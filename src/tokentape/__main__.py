@@ -1,0 +1,5 @@
+"""Run the command line: `python -m tokentape`."""
+
+from tokentape.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The demo: a small arithmetic agent that runs the whole loop on the embedded engine."""

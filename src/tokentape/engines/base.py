@@ -1,0 +1,76 @@
+"""What tokentape asks of an engine: prompt ids in, sampled ids with one log-probability each out."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from tokentape.types import Prompt, Sampling, VersionSpan
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One generation.
+
+    `rid` names it for an abort and must be unique while it runs. `sampling.max_tokens` must be set: engines have
+    surprising defaults (SGLang's is 128). With `stream` the tokens are yielded as they are sampled, else at once.
+    """
+
+    rid: str
+    prompt: Prompt
+    sampling: Sampling
+    stream: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Newly sampled tokens: `ids` int[n] and `logprobs` float[n] (nats), parallel. n ≥ 1."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """The end of one generation: what has been checked about it. The tokens came in the chunks before.
+
+    `completion_ids` int[C], `logprobs` float[C] nats, every one finite; `versions` cover 0:C without gap or overlap.
+    `matched` is what stopped it: an id (that is the last of `completion_ids`), a string, or None.
+    """
+
+    completion_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    matched: int | str | None
+    versions: tuple[VersionSpan, ...]
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself. None where it does not say."""
+
+    model: str | None
+    context_length: int | None
+    weight_version: str | None
+
+
+class Engine(Protocol):
+    """Maps prompt ids to sampled ids. Every failure is one `errors.EngineError` or `errors.ContextOverflow`."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk | GenerateResult]:
+        """Yield zero or more `TokenChunk`, then exactly one `GenerateResult`.
+
+        The chunks' tokens, concatenated, are the result's. Closing the iterator early, or cancelling the task that
+        reads it, aborts the generation on the engine.
+        """
+        ...
+
+    async def info(self) -> EngineInfo:
+        """Ask the engine who it is; raises `EngineUnavailable` when it is down."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close connections. Generations under way are aborted."""
+        ...

@@ -1,0 +1,155 @@
+"""Every error that tokentape raises, one tree.
+
+    TokentapeError                     status  retryable
+    ├── ConfigError                       -       no      a wrong option, model directory or store, said at start
+    ├── RequestError                     400      no      the caller's fault; `param` names the field
+    │   ├── ContextOverflow              400      no      the prompt, or prompt + max tokens, exceeds the context
+    │   ├── TemplateRefused              400      no      the chat template raised on this conversation
+    │   ├── Unauthorized                 401      no      an API key is required
+    │   ├── NotFound                     404      no      no such session, turn or route
+    │   ├── SessionClosed                409      no      the session is finished or sealed
+    │   └── TooLarge                     413      no      the body exceeds the limit
+    ├── EngineError                      502      no      the engine did not do what was asked
+    │   ├── EngineRejected               502      no      it answered 4xx to a request we believed valid
+    │   ├── EngineProtocolError          502      no      ids, log-probabilities or counts disagree or are missing
+    │   ├── EngineAborted                503     yes      the generation was aborted on the engine
+    │   ├── EngineFailed                 502     yes      it answered 5xx, or an error event inside a stream
+    │   ├── EngineUnavailable            503     yes      no connection, or lost before the first token
+    │   ├── EngineDisconnected           502     yes      lost after the first token
+    │   └── EngineTimeout                504     yes      no answer, or no further token, in time
+    ├── StoreError                       503     yes      the turn could not be made durable; nothing was committed
+    └── InternalError                    500      no      a broken invariant: our bug, never the user's
+
+`status` is the HTTP status that every wire dialect answers; `retryable` says whether the same request may succeed
+later without a change. Each dialect (`gateway/chat.py`, …) maps this tree to its provider's shape at one point.
+"""
+
+from typing import ClassVar
+
+
+class TokentapeError(Exception):
+    """The root. `status` is an HTTP status, `retryable` whether the same request may succeed later."""
+
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> str:
+        """The class's own name in snake_case, as counted in failures and metrics."""
+        return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
+
+
+class ConfigError(TokentapeError):
+    """A wrong option, model directory or store: said once, at start."""
+
+
+class RequestError(TokentapeError):
+    """The caller must change the request. `param` names the offending field, where one is to blame."""
+
+    status = 400
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextOverflow(RequestError):
+    """The prompt, or prompt plus `max_tokens`, does not fit into the model's context.
+
+    Lengths are in tokens; `None` where only the engine knows them.
+    """
+
+    def __init__(self, message: str, *, num_prompt_tokens: int | None = None, context_length: int | None = None) -> None:
+        super().__init__(message, param="messages")
+        self.num_prompt_tokens = num_prompt_tokens
+        self.context_length = context_length
+
+
+class TemplateRefused(RequestError):
+    """The model's chat template raised on this conversation."""
+
+
+class Unauthorized(RequestError):
+    """No API key, or a wrong one."""
+
+    status = 401
+
+
+class NotFound(RequestError):
+    """No such session, turn or route."""
+
+    status = 404
+
+
+class SessionClosed(RequestError):
+    """The session is finished or sealed: it takes no more turns."""
+
+    status = 409
+
+
+class TooLarge(RequestError):
+    """The request's body exceeds the configured limit."""
+
+    status = 413
+
+
+class EngineError(TokentapeError):
+    """The engine did not do what was asked of it. `num_tokens` were received before it failed."""
+
+    status = 502
+
+    def __init__(self, message: str, *, num_tokens: int = 0) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
+
+
+class EngineRejected(EngineError):
+    """The engine answered 4xx to a request that we believed valid."""
+
+
+class EngineProtocolError(EngineError):
+    """The engine's answer contradicts itself: ids, log-probabilities or counts disagree, or are missing."""
+
+
+class EngineAborted(EngineError):
+    """The generation was aborted on the engine: its partial tokens are not a turn."""
+
+    status = 503
+    retryable = True
+
+
+class EngineFailed(EngineError):
+    """The engine answered 5xx, or an error event inside a stream."""
+
+    retryable = True
+
+
+class EngineUnavailable(EngineError):
+    """No connection to the engine, or the connection was lost before the first token."""
+
+    status = 503
+    retryable = True
+
+
+class EngineDisconnected(EngineError):
+    """The connection was lost after the first token."""
+
+    retryable = True
+
+
+class EngineTimeout(EngineError):
+    """The engine gave no answer, or no further token, in time."""
+
+    status = 504
+    retryable = True
+
+
+class StoreError(TokentapeError):
+    """The turn could not be made durable; nothing was committed."""
+
+    status = 503
+    retryable = True
+
+
+class InternalError(TokentapeError):
+    """An invariant of tokentape is broken: our bug, never the user's."""

@@ -1,0 +1,1 @@
+"""The gateway: provider wires in front, the turn behind them."""

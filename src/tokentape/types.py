@@ -1,0 +1,141 @@
+"""The values that every layer speaks: messages, tools, sampling, token runs. No I/O."""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+Json: TypeAlias = dict[str, Any]
+
+
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One call that the assistant made. `arguments` is JSON text, as the model or the caller wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One message of a conversation, the same for every wire.
+
+    `content` is plain text (text parts are joined); None and "" differ, because templates treat them differently.
+    `reasoning` is None where there was none, "" where the thought was opened and closed empty.
+    """
+
+    role: Role
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the policy is sampled with. None means: not given, the engine's own default holds.
+
+    `max_tokens` counts sampled tokens. `stop` are strings, `stop_token_ids` ids. `seed` makes one turn repeatable
+    where the engine supports it.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens `start:end` of one completion were sampled by the weights named `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one turn; `num_cached` of the prompt's tokens came from the engine's prefix cache."""
+
+    num_prompt: int
+    num_completion: int
+    num_cached: int
+
+
+class TokenRun:
+    """An immutable run of token ids, kept twice: as int32 array and as the JSON text that an engine is sent.
+
+    The JSON text (no brackets) is made once, when the run is new; a prompt of many runs is joined from these texts
+    without touching a single earlier token. `max_id` lets a client check the vocabulary without rereading history.
+    """
+
+    __slots__ = ("ids", "json", "max_id")
+
+    ids: "array[int]"
+    json: bytes
+    max_id: int
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        run = ids if isinstance(ids, array) else array("i", ids)
+        if run and min(run) < 0:
+            raise ValueError(f"negative token id {min(run)}")
+        self.ids = run
+        self.json = msgspec.json.encode(run.tolist())[1:-1]
+        self.max_id = max(run, default=-1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TokenRun) and self.ids == other.ids
+
+    def __hash__(self) -> int:
+        return hash(self.json)
+
+    def __repr__(self) -> str:
+        return f"TokenRun({self.ids.tolist()})"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The ids of one engine call, as the runs they were recorded in; `len` is the number of tokens."""
+
+    runs: tuple[TokenRun, ...] = ()
+    num_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_tokens", sum(map(len, self.runs)))
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __add__(self, run: TokenRun) -> "Prompt":
+        return Prompt((*self.runs, run))
+
+    @property
+    def max_id(self) -> int:
+        """The largest id, -1 for an empty prompt."""
+        return max((run.max_id for run in self.runs), default=-1)
+
+    def to_json(self) -> bytes:
+        """The ids as a JSON list, joined from texts that were encoded once."""
+        return b"[" + b",".join(run.json for run in self.runs if len(run)) + b"]"
+
+    def to_list(self) -> list[int]:
+        """The ids as Python ints: for tests and small prompts, never on the hot path."""
+        return [i for run in self.runs for i in run.ids]
+
+    @classmethod
+    def of(cls, ids: Sequence[int]) -> "Prompt":
+        """A prompt of one run."""
+        return cls((TokenRun(ids),))
