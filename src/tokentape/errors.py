@@ -8,6 +8,8 @@
     │   ├── Unauthorized                 401      no      an API key is required
     │   ├── NotFound                     404      no      no such session, turn or route
     │   ├── SessionClosed                409      no      the session is finished or sealed
+    │   ├── SessionExists                409      no      a session of that id is there already
+    │   ├── LimitReached                 400      no      the session has used up its turns or tokens
     │   └── TooLarge                     413      no      the body exceeds the limit
     ├── EngineError                      502      no      the engine did not do what was asked
     │   ├── EngineRejected               502      no      it answered 4xx to a request we believed valid
@@ -17,6 +19,7 @@
     │   ├── EngineUnavailable            503     yes      no connection, or lost before the first token
     │   ├── EngineDisconnected           502     yes      lost after the first token
     │   └── EngineTimeout                504     yes      no answer, or no further token, in time
+    ├── ClientGone                       499      no      the caller closed the connection before the turn was committed
     ├── StoreError                       503     yes      the turn could not be made durable; nothing was committed
     └── InternalError                    500      no      a broken invariant: our bug, never the user's
 
@@ -87,6 +90,16 @@ class SessionClosed(RequestError):
     status = 409
 
 
+class SessionExists(RequestError):
+    """A session of that id is there already."""
+
+    status = 409
+
+
+class LimitReached(RequestError):
+    """The session has used up its turns or its sampled tokens."""
+
+
 class TooLarge(RequestError):
     """The request's body exceeds the configured limit."""
 
@@ -142,6 +155,12 @@ class EngineTimeout(EngineError):
 
     status = 504
     retryable = True
+
+
+class ClientGone(TokentapeError):
+    """The caller closed the connection before the turn was committed; the engine was told to stop."""
+
+    status = 499
 
 
 class StoreError(TokentapeError):

@@ -1,6 +1,6 @@
 """What tokentape asks of an engine: prompt ids in, sampled ids with one log-probability each out."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -59,7 +59,7 @@ class EngineInfo:
 class Engine(Protocol):
     """Maps prompt ids to sampled ids. Every failure is one `errors.EngineError` or `errors.ContextOverflow`."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk | GenerateResult]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult, None]:
         """Yield zero or more `TokenChunk`, then exactly one `GenerateResult`.
 
         The chunks' tokens, concatenated, are the result's. Closing the iterator early, or cancelling the task that

@@ -1,0 +1,278 @@
+"""The command line: configuration and wiring. The only place that prints."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow as pa
+import uvloop
+
+from tokentape import __version__
+from tokentape.engines.sglang import SGLangConfig
+from tokentape.errors import ConfigError, TokentapeError
+from tokentape.export import samples, write_parquet
+from tokentape.formats import FORMATS
+from tokentape.gateway.app import GatewayConfig
+from tokentape.gateway.service import ServiceConfig, running
+from tokentape.gateway.sessions import restore
+from tokentape.model import TINY_MODEL
+from tokentape.store import SQLiteStore
+
+_LEVELS = ("debug", "info", "warning", "error")
+_FORMAT_NAMES = ", ".join(row.name for row in FORMATS if row.calls or row.reasoning)
+
+
+class _Group(click.Group):
+    """Turns an error of the tree into one line and exit code 2; `--help` lists commands in the order of use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TokentapeError as error:
+            click.echo(f"tokentape: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:  # an address in use, a directory that cannot be written
+            click.echo(f"tokentape: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="tokentape")
+def main() -> None:
+    """Token-exact reinforcement-learning data from any LLM agent.
+
+    Start with `tokentape demo`. Then put `tokentape serve` between your agent and your SGLang server, and give
+    the agent the gateway's URL instead of OpenAI's.
+    """
+
+
+@main.command()
+@click.option("--episodes", type=click.IntRange(min=1), default=32, show_default=True, help="How many episodes.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True, help="How many at a time.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"), show_default=True,
+    help="Directory for the store and rollouts.parquet.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of questions and sampling.")
+def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
+    """Run the whole loop on the embedded engine, without a network.
+
+    A small arithmetic agent, written with the openai SDK, talks to a gateway that talks to the bundled model. The
+    exact tapes end up in OUT/rollouts.parquet; a summary says what happened.
+    """
+    try:
+        from tokentape.demo.run import run_demo
+    except ImportError as error:
+        raise ConfigError(f"the demo needs its extra: pip install 'tokentape[demo]' ({error})") from error
+    ok = uvloop.run(run_demo(episodes=episodes, concurrency=concurrency, out=out, seed=seed))
+    if not ok:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--model", required=True, help="Model directory or hub id: tokenizer and chat template.")
+@click.option("--engine", "engines", required=True, multiple=True, metavar="URL", help="URL of the SGLang server.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=int, default=8000, show_default=True, help="Port to listen on; 0 picks a free one.")
+@click.option(
+    "--store", type=click.Path(dir_okay=False, path_type=Path), default=Path("tokentape.sqlite"), show_default=True,
+    help="SQLite file of the sessions; an existing one is continued.",
+)
+@click.option(
+    "--tool-format", default="auto", show_default=True, metavar="NAME",
+    help=f"How the model writes tool calls: auto reads the template; else one of {_FORMAT_NAMES}, plain.",
+)
+@click.option(
+    "--reasoning-format", default="auto", show_default=True, metavar="NAME",
+    help="How the model writes reasoning: auto reads the template; else a name as above.",
+)
+@click.option(
+    "--history", type=click.Choice(["template", "preserve"]), default="template", show_default=True,
+    help="Where the template rewrites earlier turns: start a branch as it does, or preserve what was sampled.",
+)
+@click.option("--auto-sessions", is_flag=True, help="Create unknown sessions when they are first used.")
+@click.option("--api-key", envvar="TOKENTAPE_API_KEY", help="Require this key from every caller.")
+@click.option("--strict", is_flag=True, help="Refuse request fields that have no effect, instead of recording them.")
+@click.option("--served-model-name", default="policy", show_default=True, help="The model's name in replies.")
+@click.option("--context-length", type=click.IntRange(min=1), help="Tokens of context; default: what the engine says.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True,
+    help="Tokens to sample where neither request nor context length says.",
+)
+@click.option("--connect-timeout", type=float, default=5.0, show_default=True, help="Seconds to reach the engine.")
+@click.option(
+    "--first-token-timeout", type=float, default=600.0, show_default=True, help="Seconds to a stream's first token."
+)
+@click.option(
+    "--token-timeout", type=float, default=60.0, show_default=True, help="Seconds between a stream's tokens."
+)
+@click.option("--timeout", type=float, default=3600.0, show_default=True, help="Seconds for a whole generation.")
+@click.option(
+    "--max-connections", type=click.IntRange(min=1), default=1024, show_default=True,
+    help="Generations at a time.",
+)
+@click.option("--max-body-mb", type=click.IntRange(min=1), default=64, show_default=True, help="Largest request.")
+@click.option("--drain-timeout", type=float, default=30.0, show_default=True, help="Seconds to finish at SIGTERM.")
+@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="Logs go to stderr.")
+def serve(
+    model: str,
+    engines: Sequence[str],
+    host: str,
+    port: int,
+    store: Path,
+    tool_format: str,
+    reasoning_format: str,
+    history: Any,
+    auto_sessions: bool,
+    api_key: str | None,
+    strict: bool,
+    served_model_name: str,
+    context_length: int | None,
+    max_tokens: int,
+    connect_timeout: float,
+    first_token_timeout: float,
+    token_timeout: float,
+    timeout: float,
+    max_connections: int,
+    max_body_mb: int,
+    drain_timeout: float,
+    log_level: str,
+) -> None:
+    """Serve agents through an SGLang server and record their tapes.
+
+    Create a session with POST /sessions and give its base_url to the agent as OpenAI's; finish it with its reward;
+    read its tapes from /sessions/ID/samples, or all of them with `tokentape export`.
+    """
+    _log_to_stderr(log_level)
+    if len(engines) > 1:
+        raise ConfigError("several --engine URLs are not supported yet: give one, for example a router's")
+    config = ServiceConfig(
+        model=model,
+        engine=SGLangConfig(
+            url=engines[0],
+            connect_timeout_s=connect_timeout,
+            first_token_timeout_s=first_token_timeout,
+            token_timeout_s=token_timeout,
+            total_timeout_s=timeout,
+            max_connections=max_connections,
+        ),
+        store=store,
+        host=host,
+        port=port,
+        tool_format=tool_format,
+        reasoning_format=reasoning_format,
+        history=history,
+        auto_sessions=auto_sessions,
+        default_max_tokens=max_tokens,
+        drain_s=drain_timeout,
+        http=GatewayConfig(
+            model=served_model_name,
+            api_key=api_key,
+            strict=strict,
+            max_body_bytes=max_body_mb * 2**20,
+            context_length=context_length,
+        ),
+    )
+    uvloop.run(_until_stopped(running(config)))
+
+
+@main.command()
+@click.option("--model", default=str(TINY_MODEL), help="Model directory or hub id; default: the bundled tiny model.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=int, default=30000, show_default=True, help="Port to listen on; 0 picks a free one.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--dtype", default="auto", show_default=True, help="auto (float32 on CPU), float32, bfloat16, float16.")
+@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="Logs go to stderr.")
+def engine(model: str, host: str, port: int, device: str, dtype: str, log_level: str) -> None:
+    """Serve a Hugging Face causal model over SGLang's native protocol.
+
+    For tests, demos and small models; a real SGLang server is what you train with.
+    """
+    _log_to_stderr(log_level)
+    try:
+        from tokentape.engines.local import run_engine
+    except ImportError as error:
+        raise ConfigError(f"the embedded engine needs its extra: pip install 'tokentape[local]' ({error})") from error
+
+    async def run() -> None:
+        await run_engine(
+            model, ready=_ready, stopped=_stop_event(), host=host, port=port, device=device, dtype=dtype
+        )
+
+    uvloop.run(run())
+
+
+@main.command()
+@click.option(
+    "--store", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A gateway's store."
+)
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The Parquet file to write.")
+@click.option("--session", "session_ids", multiple=True, metavar="ID", help="Only this session; may be repeated.")
+def export(store: Path, out: Path, session_ids: Sequence[str]) -> None:
+    """Write the tapes of a store to a Parquet file, one row a branch.
+
+    Sessions that are still open are exported as they are.
+    """
+
+    async def run() -> int:
+        source = SQLiteStore(store)
+        try:
+            return await write_parquet(out, _batches(source, session_ids))
+        finally:
+            await source.aclose()
+
+    num_rows = uvloop.run(run())
+    click.echo(f"{num_rows} samples in {out}")
+
+
+async def _batches(store: SQLiteStore, session_ids: Sequence[str]) -> AsyncGenerator[pa.RecordBatch]:
+    """Samples session by session: one session is in memory at a time."""
+    after = ""
+    wanted = list(session_ids)
+    while True:
+        ids = wanted or [r.session_id for r in await store.list_sessions(state=None, after=after, limit=200)]
+        for session_id in ids:
+            stored = await store.load(session_id)
+            if stored is None:
+                raise ConfigError(f"--session {session_id}: the store has no such session")
+            session = restore(stored)
+            yield samples(session.record, session.tree.tapes())
+        if wanted or not ids:
+            return
+        after = ids[-1]
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def _ready(url: str) -> None:
+    print(f"listening on {url}", flush=True)
+
+
+def _stop_event() -> asyncio.Event:
+    """Set at SIGTERM or Ctrl-C."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stopped.set)
+    return stopped
+
+
+async def _until_stopped(service: AbstractAsyncContextManager[str]) -> None:
+    stopped = _stop_event()
+    async with service as url:
+        _ready(url)
+        await stopped.wait()

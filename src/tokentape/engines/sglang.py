@@ -1,0 +1,289 @@
+"""The client of SGLang's native `/generate`: connections, time limits, aborts.
+
+    GenerateRequest ─▶ encode_request ─▶ POST /generate ─▶ one JSON answer, or server-sent events ─┐
+    TokenChunk …, GenerateResult ◀─ Completion: every count, id and log-probability is checked ◀───┘
+
+What is sent and what an answer means is `engines/sglang_protocol.py`'s, which does no I/O.
+"""
+
+import asyncio
+import io
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+
+from tokentape import errors
+from tokentape.engines import sglang_protocol as protocol
+from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.engines.sse import SSEDecoder
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+# aiohttp warns that plain bytes beyond 1 MiB block the loop; a file object is written in pieces.
+_LARGE_BODY = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SGLangConfig:
+    """How to reach one SGLang server. All times are seconds.
+
+    `first_token_timeout_s` runs from the call to the first token of a stream, waiting for one of the
+    `max_connections` and in the engine's own queue included; `token_timeout_s` is the longest gap between two
+    events with tokens after that. An answer that is not streamed has no first token to wait for: only
+    `total_timeout_s` (None: no limit) bounds it. `control_timeout_s` bounds all that is not a generation.
+
+    `keepalive_s` must stay below the server's own: uvicorn closes an idle connection after 5 s (SGLang's
+    default `SGLANG_TIMEOUT_KEEP_ALIVE`), and a request sent at that moment is lost.
+
+    `stream_interval` asks for one event per that many tokens; None leaves it to the server (1). SGLang's
+    streams are cumulative unless it runs with `--incremental-streaming-output`: 8,000 tokens one by one are
+    about 1.3 GB.
+    """
+
+    url: str
+    connect_timeout_s: float = 5.0
+    first_token_timeout_s: float = 600.0
+    token_timeout_s: float = 60.0
+    total_timeout_s: float | None = 3600.0
+    control_timeout_s: float = 10.0
+    keepalive_s: float = 4.0
+    max_connections: int = 1024
+    stream_interval: int | None = None
+    api_key: str | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise errors.ConfigError(f"engine URL {self.url!r} must look like http://HOST:PORT")
+
+
+class SGLangEngine:
+    """One SGLang server behind `engines.base.Engine`; one pooled HTTP client, used from one event loop.
+
+    `vocab_size` is the number of ids that the model knows. An id outside of it kills the whole server (seen
+    four times), so none is ever sent, and a sampled one is an `EngineProtocolError`.
+
+    Nothing is retried here. Beyond the errors that `Engine` names, a request that must not be sent raises
+    `InternalError` (the prompt is ours) or `RequestError` (the sampling parameters are the caller's).
+    """
+
+    def __init__(self, config: SGLangConfig, *, vocab_size: int) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self._url = config.url.rstrip("/")
+        self._client: aiohttp.ClientSession | None = None
+        # Not the connector's own limit: aborts and questions must pass when generations fill it.
+        self._slots = asyncio.Semaphore(config.max_connections)
+        self._running: set[str] = set()
+        self._aborts: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
+        """Yield the sampled tokens, then one `GenerateResult`; see `engines.base.Engine.generate`.
+
+        Closing the generator, or cancelling the task that awaits it, closes the connection and aborts on the
+        engine in the background. Use `contextlib.aclosing` when you may leave early.
+
+        Raises:
+            ContextOverflow: prompt, or prompt plus `max_tokens`, exceeds the context.
+            EngineError: every other failure, with the number of tokens received before it.
+            InternalError: the prompt is empty or has an id outside the vocabulary; nothing was sent.
+            RequestError: a sampling parameter that SGLang must not be sent; nothing was sent.
+        """
+        rid = protocol.wire_rid(request.rid)
+        body = protocol.encode_request(request, rid, self.vocab_size, self.config.stream_interval)
+        completion = protocol.Completion(request, self.vocab_size)
+        patience = _Patience(self.config, request.stream)
+        response: aiohttp.ClientResponse | None = None
+        await patience.wait(self._slots.acquire(), 0)
+        self._running.add(rid)
+        try:
+            response = await patience.wait(self._post("/generate", body), 0)
+            if response.status != 200:
+                completion.settled = True
+                said = protocol.error_message(await patience.wait(response.read(), 0))
+                raise protocol.refusal(response.status, said)
+            if request.stream:
+                _check_is_stream(response)
+                decoder = SSEDecoder()
+                while not completion.done:
+                    data = await patience.wait(response.content.readany(), completion.num_tokens)
+                    if not data:
+                        raise protocol.lost("the stream ended before [DONE]", completion.num_tokens)
+                    for payload in decoder.feed(data):
+                        if (chunk := completion.feed(payload)) is not None:
+                            yield chunk
+                            patience.restart()
+                # The last, empty HTTP chunk often comes alone; only a connection read to its end is reused.
+                await patience.wait(response.content.read(), completion.num_tokens)
+            elif (chunk := completion.feed(await patience.wait(response.read(), 0))) is not None:
+                yield chunk
+            yield completion.result()
+        except aiohttp.ClientConnectorError as error:
+            completion.settled = True  # nothing was sent
+            raise errors.EngineUnavailable(f"no connection to {self._url}: {error}") from error
+        except aiohttp.ConnectionTimeoutError as error:
+            completion.settled = True
+            limit = f"{self.config.connect_timeout_s:g} s (connect_timeout_s)"
+            raise errors.EngineUnavailable(f"no connection to {self._url} within {limit}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise protocol.lost(
+                f"connection to {self._url} lost: {_name(error)}", completion.num_tokens
+            ) from error
+        finally:
+            if response is not None:
+                response.close()  # gives a connection read to its end back to the pool, closes any other
+            self._slots.release()
+            self._running.discard(rid)
+            if not completion.settled and not self._closed:
+                self._abort_soon(rid)
+
+    async def info(self) -> EngineInfo:
+        """Ask the engine who it is; None for what it does not say.
+
+        The context length in force is `/v1/models`' `max_model_len`; `/get_server_info` knows only one that
+        was set on the command line.
+
+        Raises:
+            EngineError: `EngineUnavailable` when it is down, else what its answer means.
+        """
+        model = await self._get("/model_info", protocol.ModelInfo)
+        if model is None:  # the older name, deprecated since
+            model = await self._get("/get_model_info", protocol.ModelInfo)
+        if model is None:
+            raise protocol.refusal(404, "neither /model_info nor /get_model_info exists")
+        cards = await self._get("/v1/models", protocol.Models)
+        length = (
+            next((card.max_model_len for card in cards.data if card.max_model_len), None) if cards else None
+        )
+        if length is None:
+            server = await self._get("/get_server_info", protocol.ServerInfo)
+            length = server.context_length if server else None
+        return EngineInfo(model=model.model_path, context_length=length, weight_version=model.weight_version)
+
+    async def aclose(self) -> None:
+        """Abort the generations under way, wait for aborts already sent, close the connections."""
+        if self._closed:
+            return
+        self._closed = True
+        for rid in self._running:
+            self._abort_soon(rid)
+        if self._aborts:
+            await asyncio.wait(self._aborts)
+        if self._client is not None:
+            await self._client.close()
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._client is None:
+            headers = {
+                "Content-Type": "application/json",
+                "Accept-Encoding": "identity",
+                **self.config.headers,
+            }
+            if self.config.api_key is not None:
+                headers["Authorization"] = f"Bearer {self.config.api_key}"
+            self._client = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=self.config.keepalive_s),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.config.connect_timeout_s),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=headers,
+                read_bufsize=1 << 20,
+            )
+        return self._client
+
+    async def _post(self, path: str, body: bytes) -> aiohttp.ClientResponse:
+        if self._closed and path != "/abort_request":
+            raise errors.InternalError("generate() was called on a closed engine client")
+        data = body if len(body) <= _LARGE_BODY else io.BytesIO(body)
+        return await self._session().post(self._url + path, data=data, allow_redirects=False)
+
+    def _abort_soon(self, rid: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._abort(rid))
+        self._aborts.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._aborts.discard)
+
+    async def _abort(self, rid: str) -> None:
+        try:
+            async with asyncio.timeout(self.config.control_timeout_s):
+                async with await self._post("/abort_request", msgspec.json.encode({"rid": rid})) as response:
+                    await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            # Not raised: the failure that led here is being raised already, and a live server also notices
+            # the closed connection.
+            _logger.warning("abort of %s on %s failed: %s", rid, self._url, _name(error))
+
+    async def _get(self, path: str, answer: type[_T]) -> _T | None:
+        """The decoded answer to a GET; None where the server lacks the route."""
+        try:
+            async with asyncio.timeout(self.config.control_timeout_s):
+                async with self._session().get(self._url + path, allow_redirects=False) as response:
+                    body = await response.read()
+        except TimeoutError as error:
+            raise errors.EngineTimeout(f"{self._url}{path}: no answer in time: {_name(error)}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise errors.EngineUnavailable(f"{self._url}{path}: {_name(error)}") from error
+        if response.status in (404, 405):
+            return None
+        if response.status != 200:
+            raise protocol.refusal(response.status, protocol.error_message(body))
+        try:
+            return msgspec.json.decode(body, type=answer)
+        except msgspec.MsgspecError as error:
+            raise errors.EngineProtocolError(f"{self._url}{path}: {error}") from error
+
+
+class _Patience:
+    """Which time limit holds now; every wait for the engine goes through `wait`.
+
+    The limits never run while the consumer holds a chunk, except the total.
+    """
+
+    __slots__ = ("_config", "_loop", "_mark", "_start", "_stream")
+
+    def __init__(self, config: SGLangConfig, stream: bool) -> None:
+        self._config = config
+        self._stream = stream
+        self._loop = asyncio.get_running_loop()
+        self._start = self._mark = self._loop.time()
+
+    def restart(self) -> None:
+        """A token came, and the consumer is done with it."""
+        self._mark = self._loop.time()
+
+    async def wait(self, step: Awaitable[_T], num_tokens: int) -> _T:
+        limits: list[tuple[float, str]] = []
+        if self._config.total_timeout_s is not None:
+            total_s = self._config.total_timeout_s
+            limits.append(
+                (self._start + total_s, f"the answer did not end within {total_s:g} s (total_timeout_s)")
+            )
+        if self._stream and num_tokens:
+            gap_s = self._config.token_timeout_s
+            limits.append((self._mark + gap_s, f"no further token within {gap_s:g} s (token_timeout_s)"))
+        elif self._stream:
+            first_s = self._config.first_token_timeout_s
+            limits.append((self._start + first_s, f"no token within {first_s:g} s (first_token_timeout_s)"))
+        when, what = min(limits, default=(None, ""))
+        try:
+            async with asyncio.timeout_at(when):
+                return await step
+        except aiohttp.ConnectionTimeoutError:
+            raise  # a TimeoutError too, but of the connection
+        except TimeoutError as error:
+            raise errors.EngineTimeout(what, num_tokens=num_tokens) from error
+
+
+def _check_is_stream(response: aiohttp.ClientResponse) -> None:
+    if response.content_type != "text/event-stream":
+        what = f"a stream was asked for, the engine answered {response.content_type}"
+        raise errors.EngineProtocolError(f"{what}: does the URL name SGLang's own server?")
+
+
+def _name(error: BaseException) -> str:
+    return f"{type(error).__name__} {error}".rstrip()

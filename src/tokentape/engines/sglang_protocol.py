@@ -1,0 +1,408 @@
+"""SGLang's native protocol, sans-IO: bodies out, answers in. The only file that names its fields.
+
+Facts were observed on SGLang 0.5.23 unless marked (source), which were read in that release's code.
+"""
+
+import math
+import re
+from typing import Any, NoReturn, cast
+
+import msgspec
+
+from tokentape import errors
+from tokentape.engines.base import FinishReason, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.types import VersionSpan
+
+# A log-probability is at most 0. Rounding of `logit - logsumexp` in float32 stays below 1e-4 for logits up to
+# 800; what lies in between is kept as sent, never clamped.
+_MAX_LOGPROB = 1e-4
+# Engines write -9999, or the float minimum, for "no value"; a sampled token cannot be that improbable.
+_MIN_LOGPROB = -9999.0
+_CONTEXT_LENGTH = re.compile(r"(?:context length \(|maximum context length of )(\d+) tokens")
+_PROMPT_LENGTH = re.compile(r"input \((\d+) tokens\)|(\d+) tokens from the input")
+
+
+def wire_rid(rid: str) -> str:
+    """The id that SGLang is sent: no such id is a prefix of another.
+
+    Observed: `/abort_request {"rid":"t1"}` also kills a running `t10`, because the scheduler compares with
+    `startswith`. The length in front makes that impossible.
+    """
+    return f"{len(rid)}-{rid}"
+
+
+def encode_request(request: GenerateRequest, rid: str, vocab_size: int, stream_interval: int | None) -> bytes:
+    """The body of `/generate`; the prompt's ids are spliced in as the text made when they were new.
+
+    `logprob_start_len` is left out: asking for prompt log-probabilities lowers the cache hit. `text` is not
+    read, so nothing is said about how to decode it. `max_new_tokens` is always sent: SGLang's default is 128.
+
+    Raises:
+        InternalError: the prompt is empty, has an id outside the vocabulary, or `max_tokens` is not set.
+        RequestError: a sampling parameter is not a finite number, or a stop id is outside the vocabulary.
+    """
+    _check_prompt(request, vocab_size)
+    sampling = request.sampling
+    params: dict[str, Any] = {
+        "max_new_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop": sampling.stop or None,
+        "stop_token_ids": sampling.stop_token_ids or None,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "sampling_seed": sampling.seed,
+        "stream_interval": stream_interval if request.stream else None,
+    }
+    for name, value in params.items():
+        if isinstance(value, float) and not math.isfinite(value):  # JSON would carry it as null: "not given"
+            raise errors.RequestError(f"{name} must be a finite number, not {value}", param=name)
+    for i in sampling.stop_token_ids:
+        if not 0 <= i < vocab_size:
+            what = f"stop token id {i} is outside the vocabulary of {vocab_size} ids"
+            raise errors.RequestError(what, param="stop_token_ids")
+    rest = msgspec.json.encode(
+        {
+            "rid": rid,
+            "sampling_params": {name: value for name, value in params.items() if value is not None},
+            "return_logprob": True,
+            "stream": request.stream,
+        }
+    )
+    return b"".join((b'{"input_ids":', request.prompt.to_json(), b",", rest[1:]))
+
+
+def _check_prompt(request: GenerateRequest, vocab_size: int) -> None:
+    prompt, max_tokens = request.prompt, request.sampling.max_tokens
+    if not len(prompt):
+        raise errors.InternalError("the prompt has no ids")
+    if prompt.max_id >= vocab_size:
+        raise errors.InternalError(
+            f"prompt id {prompt.max_id} is outside the engine's vocabulary of {vocab_size} ids and would "
+            "kill it: --model must name the tokenizer of the model that the engine serves"
+        )
+    if max_tokens is None or max_tokens < 1:
+        raise errors.InternalError(f"sampling.max_tokens must be set and at least 1, not {max_tokens}")
+
+
+class _Finish(msgspec.Struct, gc=False):
+    type: str
+    matched: int | str | None = None
+    length: int | None = None
+    message: str | None = None
+    status_code: int | None = None
+
+
+class _Span(msgspec.Struct, gc=False):
+    version: str
+    start: int
+    end: int
+
+
+class _Meta(msgspec.Struct):
+    finish_reason: _Finish | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    weight_version: str | None = None
+    weight_versions: list[_Span] | None = None
+    # Left as text: in a cumulative stream all but the end of it was decoded with the event before.
+    output_token_logprobs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+
+
+class _Answer(msgspec.Struct):  # of /generate, whole or one event
+    output_ids: list[int] | None = None
+    meta_info: _Meta | None = None
+    error: Any = None
+
+
+class ModelInfo(msgspec.Struct):
+    """The answer of `/model_info`."""
+
+    model_path: str | None = None
+    weight_version: str | None = None
+
+
+class ModelCard(msgspec.Struct):
+    """One model of `/v1/models`; a LoRA adapter has no length of its own."""
+
+    max_model_len: int | None = None
+
+
+class Models(msgspec.Struct):
+    """The answer of `/v1/models`."""
+
+    data: list[ModelCard] = msgspec.field(default_factory=list[ModelCard])
+
+
+class ServerInfo(msgspec.Struct):
+    """The answer of `/get_server_info`; the length is null unless set on the command line."""
+
+    context_length: int | None = None
+
+
+_Triple = tuple[float | None, int, str | None]  # log-probability, id, text (null unless asked for)
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_triples = msgspec.json.Decoder(list[_Triple]).decode
+
+
+class Completion:
+    """One generation as it arrives, sans-IO: takes events, checks all that can be checked, keeps the tokens.
+
+    Work per event is proportional to its new tokens, but for the C code that reads the event and compares its
+    beginning with what was seen. `done`: the answer is complete. `settled`: the engine itself has ended the
+    generation, well or not, and nothing is left to abort.
+    """
+
+    __slots__ = (
+        "_finish",
+        "_logprobs_text",
+        "_meta",
+        "_request",
+        "_version",
+        "_vocab_size",
+        "done",
+        "ids",
+        "logprobs",
+        "settled",
+    )
+
+    def __init__(self, request: GenerateRequest, vocab_size: int) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.done = not request.stream
+        self.settled = False
+        self._request = request
+        self._vocab_size = vocab_size
+        self._meta = _Meta()
+        self._finish: _Finish | None = None
+        self._version: str | None = None
+        self._logprobs_text = b"[]"
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens have been received and checked."""
+        return len(self.ids)
+
+    def feed(self, payload: bytes) -> TokenChunk | None:
+        """Take one event, or the whole answer; return its new tokens, if any."""
+        if self.done and self._request.stream:
+            self._disagree("the stream went on after [DONE]")
+        if payload == b"[DONE]":
+            self.done = True
+            if self._finish is None:
+                self.settled = True
+                raise lost("the stream ended without a finish_reason", self.num_tokens)
+            return None
+        try:
+            answer = _decode_answer(payload)
+        except msgspec.MsgspecError as error:
+            self._disagree(f"the answer is not SGLang's: {error}; it begins {payload[:80]!r}")
+        if answer.error is not None:
+            self.settled = True
+            raise _stream_error(answer.error, self.num_tokens)
+        meta = answer.meta_info
+        if meta is None:
+            self._disagree("meta_info is missing")
+        if self._finish is not None:
+            self._disagree("an event followed the one with finish_reason")
+        if meta.finish_reason is not None:
+            self.settled = True
+            # First: an aborted answer may lack counts, and its output_ids may repeat its last token (source).
+            if meta.finish_reason.type == "abort":
+                raise _aborted(meta.finish_reason, self.num_tokens)
+        chunk = self._grow(answer.output_ids, meta)
+        self._finish, self._meta = meta.finish_reason, meta
+        return chunk
+
+    def result(self) -> GenerateResult:
+        """The checked end of the generation."""
+        finish, meta = self._finish, self._meta
+        if finish is None:
+            self._disagree("finish_reason is null at the end")
+        if not self.ids:
+            self._disagree(f"finish_reason is {finish.type!r} but no token was sampled")
+        num_cached, num_prompt = meta.cached_tokens, len(self._request.prompt)
+        if num_cached is None or not 0 <= num_cached <= num_prompt:
+            self._disagree(f"cached_tokens is {num_cached} for a prompt of {num_prompt} tokens")
+        reason = self._check_finish(finish)
+        return GenerateResult(self.ids, self.logprobs, reason, finish.matched, self._spans(), num_cached)
+
+    def _grow(self, ids: list[int] | None, meta: _Meta) -> TokenChunk | None:
+        num_seen, num_total, num_prompt = len(self.ids), meta.completion_tokens, len(self._request.prompt)
+        if ids is None:
+            self._disagree("output_ids is missing")
+        if num_total is None:
+            self._disagree("completion_tokens is missing")
+        if meta.prompt_tokens != num_prompt:
+            self._disagree(f"prompt_tokens is {meta.prompt_tokens} but {num_prompt} ids were sent")
+        if num_total > (max_tokens := self._request.sampling.max_tokens or 0):
+            self._disagree(f"{num_total} tokens were sampled, {max_tokens} were asked for")
+        # Cumulative or incremental is the server's choice; the counts tell which, event by event.
+        if len(ids) == num_total:
+            if ids[:num_seen] != self.ids:
+                self._disagree(f"the event's {num_total} ids do not begin with the {num_seen} seen before")
+            new = ids[num_seen:]
+        elif num_seen + len(ids) == num_total:
+            new = ids
+        else:
+            self._disagree(
+                f"completion_tokens is {num_total}, output_ids has {len(ids)} after {num_seen} seen"
+            )
+        new_logprobs = self._new_logprobs(bytes(meta.output_token_logprobs), new)
+        self._version = meta.weight_version if self._version in (None, meta.weight_version) else ""
+        if not new:
+            return None
+        self.ids += new
+        self.logprobs += new_logprobs
+        return TokenChunk(new, new_logprobs)
+
+    def _new_logprobs(self, text: bytes, new: list[int]) -> list[float]:
+        """The log-probabilities of the tokens `new`, checked; `text` is the event's JSON list of triples."""
+        triples = self._new_triples(text, len(new))
+        ids = [triple[1] for triple in triples]
+        if ids != new:
+            at = next(i for i, (a, b) in enumerate(zip(ids, new, strict=True)) if a != b)
+            where = self.num_tokens + at
+            self._disagree(f"token {where} is {new[at]} in output_ids, {ids[at]} in output_token_logprobs")
+        logprobs = [triple[0] for triple in triples]
+        if None in logprobs:
+            self._disagree(f"the log-probability of token {self.num_tokens + logprobs.index(None)} is null")
+        values = cast("list[float]", logprobs)
+        if new and not (min(new) >= 0 and max(new) < self._vocab_size):
+            self._disagree(f"sampled id {max(new)} is outside the vocabulary of {self._vocab_size} ids")
+        if not all(_MIN_LOGPROB < value <= _MAX_LOGPROB for value in values):  # false for NaN, too
+            at = next(i for i, value in enumerate(values) if not _MIN_LOGPROB < value <= _MAX_LOGPROB)
+            self._disagree(f"{values[at]} of token {self.num_tokens + at} is not a log-probability")
+        return values
+
+    def _new_triples(self, text: bytes, num_new: int) -> list[_Triple]:
+        """The triples of this event's new tokens, whether the list is cumulative or not: the count tells."""
+        if text in (b"", b"null"):
+            self._disagree("output_token_logprobs is missing, though it was asked for")
+        num_seen, seen = self.num_tokens, self._logprobs_text
+        if num_seen and text == seen and not num_new:
+            return []
+        if num_seen and text.startswith(seen[:-1] + b","):
+            # The text seen before, and more: decode only the rest. The count excludes that it is an
+            # incremental list which happens to begin like the tokens before.
+            triples = self._decode(b"[" + text[len(seen) :])
+            if len(triples) == num_new:
+                self._logprobs_text = text
+                return triples
+        triples = self._decode(text)
+        if len(triples) == num_new:
+            self._logprobs_text = text if not num_seen else b"[]"
+            return triples
+        if len(triples) != num_seen + num_new:
+            counts = f"{len(triples)} entries for {num_new} new tokens after {num_seen} seen"
+            self._disagree(f"output_token_logprobs has {counts}")
+        before = [(t[0], t[1]) for t in triples[:num_seen]]
+        if before != list(zip(self.logprobs, self.ids, strict=True)):
+            self._disagree(f"output_token_logprobs changed within the {num_seen} tokens received before")
+        self._logprobs_text = text
+        return triples[num_seen:]
+
+    def _decode(self, text: bytes) -> list[_Triple]:
+        try:
+            return _decode_triples(text)
+        except msgspec.MsgspecError as error:
+            self._disagree(f"output_token_logprobs: {error}")
+
+    def _check_finish(self, finish: _Finish) -> FinishReason:
+        count, matched = len(self.ids), finish.matched
+        if finish.type == "length":
+            # Fewer than asked for is possible: SGLang lowers the limit to what its cache holds (source).
+            if finish.length is not None and finish.length != count:
+                self._disagree(f"finish_reason says length {finish.length}, {count} tokens were sampled")
+            return "length"
+        if finish.type != "stop":
+            self._disagree(f"finish_reason {finish.type!r} is unknown")
+        if isinstance(matched, int) and matched != self.ids[-1]:
+            self._disagree(f"stopped by id {matched}, but the last id is {self.ids[-1]}")
+        if isinstance(matched, str) and matched not in self._request.sampling.stop:
+            # "NaN happened": the sampler returned an id outside the vocabulary, and SGLang wrote an
+            # end-of-turn id in its place (source). That id was never sampled.
+            self._disagree(f"stopped by {matched!r}, which is not one of the stop strings that were sent")
+        return "stop"
+
+    def _spans(self) -> tuple[VersionSpan, ...]:
+        """The weights that sampled each token; observed: the spans come with the last event only."""
+        count, sent = len(self.ids), self._meta.weight_versions
+        if sent is None:
+            if not self._version:  # None: never said; "": changed on the way, nobody knows at which token
+                self._disagree("weight_versions is missing, and weight_version is missing or changed")
+            return (VersionSpan(self._version, 0, count),)
+        end = 0
+        for span in sent:
+            if span.start != end or span.end <= span.start:
+                self._disagree(f"weight_versions: {span.start}:{span.end} follows :{end}")
+            end = span.end
+        if end != count:
+            self._disagree(f"weight_versions cover {end} of {count} tokens")
+        return tuple(VersionSpan(span.version, span.start, span.end) for span in sent)
+
+    def _disagree(self, message: str) -> NoReturn:
+        raise errors.EngineProtocolError(message, num_tokens=self.num_tokens)
+
+
+def refusal(status: int | None, message: str, num_tokens: int = 0) -> errors.TokentapeError:
+    """The error that an HTTP status means, wherever it was said; `None`: an error event without one."""
+    said = f"the engine answered {status}: {message}" if status else f"the engine reported: {message}"
+    if status in (None, 400) and "context length" in message.lower():
+        prompt, context = _PROMPT_LENGTH.search(message), _CONTEXT_LENGTH.search(message)
+        return errors.ContextOverflow(
+            message,
+            num_prompt_tokens=int(prompt[1] or prompt[2]) if prompt else None,
+            context_length=int(context[1]) if context else None,
+        )
+    if status is None or status >= 500:
+        return errors.EngineFailed(said, num_tokens=num_tokens)
+    if status == 429:
+        return errors.EngineUnavailable(said, num_tokens=num_tokens)
+    if status in (401, 403):
+        said += "; check the engine's API key"
+    if status < 400 or status in (404, 405):
+        said += "; the URL must be that of SGLang's own server, without /v1"
+    return errors.EngineRejected(said, num_tokens=num_tokens)
+
+
+def _aborted(finish: _Finish, num_tokens: int) -> errors.TokentapeError:
+    """SGLang also says `abort`, with a status, for its own failures."""
+    message = finish.message or "aborted"
+    if finish.status_code is None:
+        return errors.EngineAborted(f"the engine aborted the generation: {message}", num_tokens=num_tokens)
+    return refusal(finish.status_code, message, num_tokens)
+
+
+def _stream_error(error: object, num_tokens: int) -> errors.TokentapeError:
+    code = cast("dict[str, object]", error).get("code") if isinstance(error, dict) else None
+    return refusal(code if isinstance(code, int) else None, _find_message(error), num_tokens)
+
+
+def lost(message: str, num_tokens: int) -> errors.EngineError:
+    """The connection ended too early: after the first token, or before it."""
+    if num_tokens:
+        return errors.EngineDisconnected(message, num_tokens=num_tokens)
+    return errors.EngineUnavailable(message)
+
+
+def error_message(body: bytes) -> str:
+    """What an error body says; observed: four JSON shapes, and a proxy's may be no JSON at all."""
+    try:
+        return _find_message(msgspec.json.decode(body))
+    except msgspec.MsgspecError:
+        return body[:500].decode("utf-8", "replace") or "(no text)"
+
+
+def _find_message(said: Any) -> str:
+    if isinstance(said, str):
+        return said
+    fields = cast("dict[str, Any]", said) if isinstance(said, dict) else {}
+    for name in ("error", "message", "detail"):
+        if fields.get(name):
+            return _find_message(fields[name])
+    return msgspec.json.encode(said)[:500].decode("utf-8", "replace")

@@ -1,0 +1,153 @@
+"""Tapes → samples: the rows that trainers read, as Arrow, Parquet or JSON."""
+
+import os
+from array import array
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (pyarrow's stubs leave the element types of arrays open)
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tokentape.errors import ConfigError, InternalError
+from tokentape.schema import SAMPLES, to_json
+from tokentape.store import SessionRecord
+from tokentape.tape import Tape
+from tokentape.types import Json, Message
+
+
+def samples(record: SessionRecord, tapes: Sequence[Tape]) -> pa.RecordBatch:
+    """One row a tape, columns `schema.SAMPLES`. Arrays go over as they are: no Python object per token.
+
+    Raises:
+        InternalError: a tape's arrays are not of one length.
+    """
+    for tape in tapes:
+        if not len(tape.token_ids) == len(tape.loss_mask) == len(tape.logprobs):
+            raise InternalError(f"tape {tape.turns[-1].turn.turn_id}: arrays of different lengths")
+    rows = [_scalars(record, tape) for tape in tapes]
+    columns: list[Any] = []
+    for field in SAMPLES:
+        match field.name:
+            case "token_ids":
+                columns.append(_lists([tape.token_ids for tape in tapes], pa.int32()))
+            case "loss_mask":
+                columns.append(_lists([tape.loss_mask for tape in tapes], pa.int8()))
+            case "logprobs":
+                columns.append(_lists([t.logprobs for t in tapes], pa.float32(), [t.loss_mask for t in tapes]))
+            case name:
+                columns.append(pa.array([row[name] for row in rows], field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=SAMPLES)
+
+
+def to_json_rows(batch: pa.RecordBatch) -> bytes:
+    """The samples as a JSON list of objects, as `GET /sessions/{id}/samples` answers them."""
+    return msgspec.json.encode(batch.to_pylist())
+
+
+def to_arrow_stream(batch: pa.RecordBatch) -> bytes:
+    """The samples as an Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SAMPLES) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+async def write_parquet(path: Path, batches: AsyncIterator[pa.RecordBatch]) -> int:
+    """Write samples to a Parquet file, one row group a batch, and return how many.
+
+    The file appears whole or not at all: it is written under another name and moved.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    num_rows = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(partial, SAMPLES, compression="zstd") as writer:
+            async for batch in batches:
+                if batch.num_rows:
+                    writer.write_batch(batch)
+                    num_rows += batch.num_rows
+        os.replace(partial, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return num_rows
+
+
+def chat_message(message: Message) -> Json:
+    """A message as OpenAI Chat Completions writes it."""
+    out: Json = {"role": message.role, "content": message.content}
+    if message.reasoning is not None:
+        out["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        out["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        out["name"] = message.name
+    return out
+
+
+def _scalars(record: SessionRecord, tape: Tape) -> Json:
+    """Everything of a sample that is not per token."""
+    path = [span.turn for span in tape.turns]
+    leaf = path[-1]
+    reasons = [turn.branch_reason for turn in path if turn.branch_reason is not None]
+    metadata = dict(record.metadata)
+    neutralised = {turn.turn_id: turn.neutralised for turn in path if turn.neutralised}
+    if neutralised:
+        metadata["tokentape"] = {"neutralised": neutralised}
+    conversation = [chat_message(m) for turn in path for m in (*turn.messages, turn.reply)]
+    return {
+        "session_id": record.session_id,
+        "sample_id": leaf.turn_id,
+        "branch_reason": reasons[-1],
+        "weight_versions": [{"version": v.version, "start": v.start, "end": v.end} for v in tape.versions],
+        "num_prompt_tokens": tape.num_prompt_tokens,
+        "turns": [
+            {
+                "turn_id": span.turn.turn_id,
+                "start": span.start,
+                "end": span.end,
+                "finish_reason": span.turn.finish_reason,
+                "trained": span.trained,
+                "parse_status": span.turn.parse_status,
+            }
+            for span in tape.turns
+        ],
+        "reward": record.reward,
+        "truncated": leaf.finish_reason == "length",
+        "messages": to_json(conversation),
+        "tools": to_json(leaf.tools),
+        "sampling": to_json([turn.sampling for turn in path]),
+        "metadata": to_json(metadata),
+    }
+
+
+def _lists(
+    runs: Sequence["array[Any]"], type_: pa.DataType, masks: Sequence["array[int]"] | None = None
+) -> Any:
+    """Arrays → one Arrow list column; where a mask is 0, null."""
+    offsets = array("i", [0])
+    for run in runs:
+        offsets.append(offsets[-1] + len(run))
+    values = pa.Array.from_buffers(type_, offsets[-1], [None, pa.py_buffer(_joined(runs))])
+    if masks is not None:
+        trained = pa.Array.from_buffers(pa.int8(), offsets[-1], [None, pa.py_buffer(_joined(masks))])
+        values = pc.if_else(trained.cast(pa.bool_()), values, pa.scalar(None, type_))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+def _joined(runs: Iterable["array[Any]"]) -> bytes:
+    return b"".join(run.tobytes() for run in runs)

@@ -1,0 +1,235 @@
+"""Open sessions: their trees in memory, their records in the store, their limits and counts."""
+
+import asyncio
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from tokentape.errors import (
+    LimitReached,
+    NotFound,
+    RequestError,
+    SessionClosed,
+    SessionExists,
+    TokentapeError,
+)
+from tokentape.metrics import Metrics
+from tokentape.render import Frame
+from tokentape.store import Failure, SessionRecord, Store, StoredSession
+from tokentape.tape import Turn
+from tokentape.tree import Known, Tree, frame_key
+from tokentape.types import Json, Sampling
+
+SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:@-]{0,127}")
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One episode. Turns may run side by side; commits happen one at a time, under `commit_lock`.
+
+    `known` and `frames` remember what replayed bytes decode to, so that an unchanged message of the history costs one
+    hash and one look-up.
+    """
+
+    record: SessionRecord
+    tree: Tree
+    failures: Counter[str] = field(default_factory=Counter[str])
+    num_sampled_tokens: int = 0
+    commit_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    known: dict[bytes, Known] = field(default_factory=dict[bytes, Known])
+    frames: dict[bytes, tuple[Frame, tuple[bytes, bytes]]] = field(
+        default_factory=dict[bytes, tuple[Frame, tuple[bytes, bytes]]]
+    )
+
+    @property
+    def session_id(self) -> str:
+        """The session's id."""
+        return self.record.session_id
+
+    def frame(self, tools: bytes, arguments: bytes) -> tuple[Frame, tuple[bytes, bytes]]:
+        """Tools and template arguments from their JSON, with their identity."""
+        key = blake2b(tools + b"\0" + arguments, digest_size=16).digest()
+        if key not in self.frames:
+            frame = Frame(tuple(msgspec.json.decode(tools)), msgspec.json.decode(arguments))
+            self.frames[key] = frame, frame_key(frame.tools, frame.arguments)
+        return self.frames[key]
+
+    def check_open(self) -> None:
+        """Raise `SessionClosed` unless the session takes turns."""
+        if self.record.state != "open":
+            raise SessionClosed(f"session {self.session_id!r} is {self.record.state}: it takes no more turns")
+
+    def budget(self) -> int | None:
+        """How many tokens may still be sampled, None without a limit.
+
+        Raises:
+            LimitReached: none, or no turn is left.
+        """
+        record = self.record
+        if record.max_turns is not None and len(self.tree) >= record.max_turns:
+            raise LimitReached(f"session {self.session_id!r} has used its {record.max_turns} turns")
+        if record.max_tokens is None:
+            return None
+        left = record.max_tokens - self.num_sampled_tokens
+        if left <= 0:
+            raise LimitReached(f"session {self.session_id!r} has used its {record.max_tokens} sampled tokens")
+        return left
+
+    def commit(self, turn: Turn) -> None:
+        """Append a durable turn."""
+        self.tree.commit(turn)
+        self.num_sampled_tokens += len(turn.completion)
+
+    def summary(self) -> Json:
+        """What `GET /sessions/{id}` answers."""
+        branches = self.tree.branches()
+        return {
+            "session_id": self.session_id,
+            "state": self.record.state,
+            "created_at": self.record.created_at,
+            "turns": len(self.tree),
+            "branches": len(branches),
+            "branch_reasons": dict(Counter(t.branch_reason for t in self.tree.turns() if t.branch_reason)),
+            "tokens": sum(len(t.prompt) + len(t.completion) for t in self.tree.turns()),
+            "sampled_tokens": self.num_sampled_tokens,
+            "parse_statuses": dict(Counter(t.parse_status for t in self.tree.turns())),
+            "failures": dict(self.failures),
+            "reward": self.record.reward,
+            "metadata": self.record.metadata,
+        }
+
+
+class Sessions:
+    """All sessions of a gateway; those that are not in memory are read from the store when they are asked for."""
+
+    def __init__(
+        self, store: Store, content_tests: tuple[str, ...], metrics: Metrics, *, auto_sessions: bool = False
+    ) -> None:
+        self._store = store
+        self._content_tests = content_tests
+        self._metrics = metrics
+        self._auto_sessions = auto_sessions
+        self._sessions: dict[str, Session] = {}
+        self._lock = asyncio.Lock()
+
+    async def create(
+        self,
+        session_id: str | None = None,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
+        max_turns: int | None = None,
+        max_tokens: int | None = None,
+    ) -> Session:
+        """Create an open session; without an id it gets one that cannot be guessed.
+
+        Raises:
+            SessionExists: the id is taken.
+            RequestError: the id has characters that a URL or a header cannot carry.
+        """
+        if session_id is None:
+            session_id = f"s-{secrets.token_urlsafe(18).replace('_', '~')}"
+        elif not SESSION_ID.fullmatch(session_id):
+            raise RequestError(
+                "session_id must be 1 to 128 letters, digits or ._~:@- and start with a letter or digit",
+                param="session_id",
+            )
+        record = SessionRecord(
+            session_id, "open", time.time(), dict(metadata or {}), sampling or Sampling(), max_turns, max_tokens
+        )
+        async with self._lock:
+            if await self._find(session_id) is not None:
+                raise SessionExists(f"session {session_id!r} exists already", param="session_id")
+            await self._store.put_session(record)
+            return self._keep(Session(record, Tree(self._content_tests)))
+
+    async def get(self, session_id: str) -> Session:
+        """The session of this id, as it was when it was last committed.
+
+        Raises:
+            NotFound: there is none, and sessions are not made on demand.
+        """
+        session = self._sessions.get(session_id)
+        if session is not None:
+            return session
+        async with self._lock:
+            session = await self._find(session_id)
+        if session is not None:
+            return session
+        if not self._auto_sessions:
+            raise NotFound(f"session {session_id!r} does not exist: create it with POST /sessions")
+        try:
+            return await self.create(session_id)
+        except SessionExists:  # another request of the same agent was first
+            return await self.get(session_id)
+
+    async def finish(self, session: Session, reward: float | None, metadata: Mapping[str, Any]) -> None:
+        """Close a session. Finishing again changes nothing, and is an error only with another reward.
+
+        Raises:
+            SessionClosed: it is finished with another reward.
+        """
+        async with session.commit_lock:
+            record = session.record
+            if record.state == "finished":
+                if reward is not None and reward != record.reward:
+                    raise SessionClosed(f"session {session.session_id!r} is finished with reward {record.reward}")
+                return
+            done = replace(record, state="finished", reward=reward, metadata={**record.metadata, **metadata})
+            await self._store.put_session(done)
+            session.record = done
+
+    async def delete(self, session_id: str) -> None:
+        """Remove a session from memory and store.
+
+        Raises:
+            NotFound: there is none.
+        """
+        async with self._lock:
+            session = await self._find(session_id)
+            if session is None:
+                raise NotFound(f"session {session_id!r} does not exist")
+            async with session.commit_lock:
+                session.record = replace(session.record, state="deleted")  # turns under way find it closed
+                await self._store.delete(session_id)
+                del self._sessions[session_id]
+                self._metrics.sessions.set(len(self._sessions))
+
+    async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
+        """Records of sessions, by id."""
+        return await self._store.list_sessions(state=state, after=after, limit=limit)
+
+    async def fail(self, session: Session, error: TokentapeError, num_tokens: int) -> None:
+        """Count a turn that was not committed, and keep what it was."""
+        self._metrics.failures.labels(error.kind).inc()
+        session.failures[error.kind] += 1
+        await self._store.put_failure(
+            session.session_id, Failure(error.kind, str(error), num_tokens, time.time())
+        )
+
+    async def _find(self, session_id: str) -> Session | None:
+        session = self._sessions.get(session_id)
+        if session is not None:
+            return session
+        stored = await self._store.load(session_id)
+        return None if stored is None else self._keep(restore(stored, self._content_tests))
+
+    def _keep(self, session: Session) -> Session:
+        self._sessions[session.session_id] = session
+        self._metrics.sessions.set(len(self._sessions))
+        return session
+
+
+def restore(stored: StoredSession, content_tests: tuple[str, ...] = ()) -> Session:
+    """A session as it was before a restart: its tree is built again from its turns, in the order of their commits."""
+    session = Session(stored.record, Tree(content_tests), Counter(f.kind for f in stored.failures))
+    for turn in stored.turns:
+        session.commit(turn)
+    return session

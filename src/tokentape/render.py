@@ -1,0 +1,300 @@
+"""Messages → prompt ids: `render` a whole conversation, or `extend` a recorded turn by what is new.
+
+`extend` finds the bridge from the template itself. It renders a short stand-in conversation in which the sampled
+assistant turn carries sentinels, once as the last turn and once followed by the new messages:
+
+    as last    …<|im_start|>assistant\\nSENTINEL<|im_end|>\\n
+    followed   …<|im_start|>assistant\\nSENTINEL<|im_end|>\\n<|im_start|>user\\nnew text<|im_end|>\\n<|im_start|>assistant\\n
+
+What both have after the sentinel is how the template closes a turn. The stop token that the model sampled is found
+there (or right behind it, where it doubles as the next opener); the bridge is what follows. A completion without a
+stop token is closed by the template's own end of turn, which is then part of the bridge: never sampled, mask 0.
+"""
+
+import json
+import logging
+import os.path
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from tokentape.errors import ConfigError, TemplateRefused
+from tokentape.outline import Outline
+from tokentape.template import ChatTemplate
+from tokentape.tokenizer import Tokenizer
+from tokentape.types import Json, Message, TokenRun, ToolCall
+from tokentape.untrusted import Marking, mark_untrusted
+
+log = logging.getLogger(__name__)
+
+History = Literal["template", "preserve"]
+_TAIL_CHARS = 64
+
+
+class Rewrite(StrEnum):
+    """Why a recorded turn cannot be extended: what the template would do to it."""
+
+    HISTORY = "history_rewritten"  # text before the turn changes when messages follow
+    GENERATION_PROMPT = "generation_prompt_rewritten"  # the turn no longer starts as the model saw it start
+    REASONING = "reasoning_dropped"
+    CONTENT = "content_dropped"
+    TOOL_CALLS = "tool_calls_dropped"
+    END_OF_TURN = "end_of_turn_rewritten"  # the sampled stop token becomes another one (gpt-oss)
+    REFUSED = "template_refused"  # the template raises on the conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a template renders around the messages: tools (OpenAI dicts) and extra template arguments."""
+
+    tools: tuple[Json, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Prompt ids for the engine: a whole prompt, or a bridge.
+
+    `tail` is the end of the rendered text (a generation prompt may have opened a thought). `neutralised` are the
+    control tokens that untrusted content held and that were encoded as plain text.
+    """
+
+    run: TokenRun
+    tail: str
+    neutralised: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NotExtendable:
+    """Extending the recorded turn would not be what the template makes of this history."""
+
+    reason: Rewrite
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a sampled turn ended.
+
+    `message` is the turn as parsed. `stop_id` is the stop token that it sampled, None after a length cut or a stop
+    string. `in_reasoning`: it ended inside an unclosed thought.
+    """
+
+    message: Message
+    stop_id: int | None
+    in_reasoning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """The stand-in renders: `prompt` up to the generation, the turn as `last`, and `followed` by the new messages.
+
+    The sentinels stand for the turn's pieces of text; None or empty where it has no such piece.
+    """
+
+    prompt: str
+    last: str
+    followed: str
+    reasoning: str | None
+    content: str | None
+    calls: tuple[str, ...]
+
+    @property
+    def sentinels(self) -> list[str]:
+        return [s for s in (self.reasoning, self.content, *self.calls) if s]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seam:
+    """The bridge's text, and the stop token's text that stands right before it (None: not at a stop token)."""
+
+    bridge: str
+    stop: str | None
+
+
+class Renderer:
+    """Renders and extends for one model. No state but what is compiled at load; safe to share between threads.
+
+    With `history="template"` a turn that the template would rewrite is `NotExtendable`; with `"preserve"` the sampled
+    ids stay as they are and only the bridge is the template's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, history: History = "template") -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self._preserve = history == "preserve"
+        self._sentinel = f"tt{secrets.token_hex(6)}"  # untrusted text cannot forge what it cannot guess
+
+    @classmethod
+    def from_dir(
+        cls, directory: Path, *, history: History = "template", num_ids: int | None = None
+    ) -> "Renderer":
+        """Load tokenizer and chat template from a model directory; `num_ids` are the ids that the model can sample.
+
+        Raises:
+            ConfigError: a file is missing or broken; it names the file.
+        """
+        if not directory.is_dir():
+            raise ConfigError(f"{directory} is not a directory: --model takes a model directory or a hub id")
+        template = ChatTemplate.from_dir(directory)
+        tokenizer = Tokenizer(directory / "tokenizer.json", template_text=template.literal_text, num_ids=num_ids)
+        log.info("tokenizer: %s, %d ids", tokenizer.backend_name, tokenizer.vocab_size)
+        return cls(tokenizer, template, history=history)
+
+    def render(self, frame: Frame, messages: Sequence[Message]) -> Rendered:
+        """The whole conversation's prompt ids, generation prompt included.
+
+        Raises:
+            TemplateRefused: the template raised.
+            RequestError: a tool call's arguments are not what the template needs.
+        """
+        plain = [self.template.to_json(m) for m in messages]
+        tools, dicts, marking = mark_untrusted(self.tokenizer, frame.tools, plain)
+        text = self.template.render(dicts, tools, frame.arguments, add_generation_prompt=True)
+        if not text:
+            raise TemplateRefused("the model's chat template renders this conversation as nothing")
+        return self._encode(text, marking, after=None)
+
+    def extend(
+        self, frame: Frame, outline: Outline, ended: Ended, new: Sequence[Message]
+    ) -> Rendered | NotExtendable:
+        """The bridge after a sampled turn: `prompt + completion + bridge` is the next prompt.
+
+        `outline` stands for the messages before the turn, `new` are the messages after it (at least one). Takes time
+        in proportion to `new`, whatever the length of the history.
+
+        Raises:
+            RequestError: a tool call in `new` has arguments that the template cannot take.
+        """
+        _, dicts, marking = mark_untrusted(self.tokenizer, (), [self.template.to_json(m) for m in new])
+        try:
+            probe = self._probe(frame, outline, ended.message, dicts)
+            rewrite = None if self._preserve else self._rewrite(frame, outline, ended, probe)
+        except TemplateRefused as error:
+            return NotExtendable(Rewrite.REFUSED, str(error))
+        seam = rewrite or self._seam(ended, probe)
+        return seam if isinstance(seam, NotExtendable) else self._encode(seam.bridge, marking, after=seam.stop)
+
+    def outline(self, outline: Outline, new: Sequence[Message]) -> Outline:
+        """The outline of a conversation that goes on with `new`."""
+        return outline.followed_by(new, self.template.content_tests)
+
+    def _probe(self, frame: Frame, outline: Outline, message: Message, new: Sequence[Json]) -> _Probe:
+        """Render the stand-in conversation, with a plainer turn where the template cannot show this one.
+
+        Llama's template raises on parallel calls: what follows a turn with one call follows a turn with several.
+        SmolLM2's shows no calls at all: to keep such a turn, ask what follows a text.
+        """
+        try:
+            probe = self._render_probe(frame, outline, message, message.tool_calls, new)
+        except TemplateRefused:
+            if len(message.tool_calls) < 2:
+                raise
+            probe = self._render_probe(frame, outline, message, message.tool_calls[:1], new)
+        if self._preserve and not any(mark in probe.followed for mark in probe.sentinels):
+            return self._render_probe(frame, outline, Message(role="assistant", content="x"), (), new)
+        return probe
+
+    def _render_probe(
+        self, frame: Frame, outline: Outline, message: Message, calls: tuple[ToolCall, ...], new: Sequence[Json]
+    ) -> _Probe:
+        sentinel = self._sentinel
+        reasoning = f"{sentinel}r" if message.reasoning else None
+        content = f"{sentinel}c" if message.content or not (reasoning or calls) else None
+        call_sentinels = tuple(f"{sentinel}a{i}z" for i in range(len(calls)))
+        turn = self.template.to_json(
+            Message(
+                role="assistant",
+                content=content or message.content,
+                reasoning=reasoning or message.reasoning,
+                tool_calls=tuple(
+                    ToolCall(id=call.id, name=call.name, arguments=json.dumps({"a": mark}))
+                    for call, mark in zip(calls, call_sentinels, strict=True)
+                ),
+            )
+        )
+        before = [self.template.to_json(m) for m in outline.messages]
+        render, tools = self.template.render, frame.tools[:1]  # one tool makes a template show all that it has
+        return _Probe(
+            prompt=render(before, tools, frame.arguments, add_generation_prompt=True),
+            last=render([*before, turn], tools, frame.arguments, add_generation_prompt=False),
+            followed=render([*before, turn, *new], tools, frame.arguments, add_generation_prompt=True),
+            reasoning=reasoning,
+            content=content,
+            calls=call_sentinels,
+        )
+
+    def _rewrite(self, frame: Frame, outline: Outline, ended: Ended, probe: _Probe) -> NotExtendable | None:
+        """What the template would change of what the model saw and sampled; None where nothing."""
+        followed, prompt = probe.followed, probe.prompt
+        if not followed.startswith(prompt):
+            before = [self.template.to_json(m) for m in outline.messages]
+            closed = self.template.render(before, frame.tools[:1], frame.arguments, add_generation_prompt=False)
+            if followed.startswith(closed):
+                return NotExtendable(Rewrite.GENERATION_PROMPT, "the turn no longer starts as its prompt ended")
+            return NotExtendable(Rewrite.HISTORY, "earlier messages are rendered differently once these follow")
+        if probe.reasoning and probe.reasoning not in followed:
+            return NotExtendable(Rewrite.REASONING, "the turn's reasoning is not rendered once these messages follow")
+        if probe.content and probe.content not in followed:
+            return NotExtendable(Rewrite.CONTENT, "the turn's text is not rendered once these messages follow")
+        if any(mark not in followed for mark in probe.calls):
+            return NotExtendable(Rewrite.TOOL_CALLS, "the turn's tool calls are not rendered")
+        if ended.message.reasoning == "":  # an empty thought has no text to look for: compare what surrounds it
+            start, end = len(prompt), min(followed.index(mark) for mark in probe.sentinels)
+            if probe.last[start:end] != followed[start:end]:
+                return NotExtendable(Rewrite.REASONING, "the turn's empty thought is not rendered once these follow")
+        return None
+
+    def _seam(self, ended: Ended, probe: _Probe) -> _Seam | NotExtendable:
+        """Where the sampled text ends in `followed`, and with it the bridge."""
+        marks = [mark for mark in probe.sentinels if mark in probe.followed and mark in probe.last]
+        open_thought = ended.in_reasoning and ended.stop_id is None
+        if open_thought:
+            marks = [mark for mark in marks if mark == probe.reasoning]
+        if not marks:
+            return NotExtendable(Rewrite.CONTENT, "nothing of the turn is rendered once these messages follow")
+        tail = probe.followed[max(probe.followed.rindex(m) + len(m) for m in marks) :]
+        if open_thought:
+            return _Seam(tail, None)  # the template closes the thought, then the turn
+        last_tail = probe.last[max(probe.last.rindex(m) + len(m) for m in marks) :]
+        closing = self._closing(tail, last_tail)
+        if ended.stop_id is not None:
+            stop = self.tokenizer.token_text(ended.stop_id)
+            if stop in closing:
+                return _Seam(tail[closing.rindex(stop) + len(stop) :], stop)
+            if tail.startswith(stop, len(closing)):  # the stop token doubles as the next opener (GLM)
+                return _Seam(tail[len(closing) + len(stop) :], stop)
+            other = self.tokenizer.control_pattern.match(tail, len(closing))
+            if stop in last_tail and other is not None:  # it ends a last turn, and another token an earlier one
+                if not self._preserve:
+                    return NotExtendable(Rewrite.END_OF_TURN, f"{stop} becomes {other[0]} once messages follow")
+                return _Seam(tail[other.end() :], stop)
+        # Cut by length, by a stop string, or stopped by a token that this template does not write: close the turn.
+        special = self.tokenizer.special_tokens
+        ends = [m.start() for m in self.tokenizer.control_pattern.finditer(closing) if m[0] in special]
+        return _Seam(tail[ends[-1] if ends else len(closing) :], None)
+
+    def _closing(self, tail: str, last_tail: str) -> str:
+        """How the template closes a turn: what both texts begin with, cut where a control token would be torn."""
+        end = len(os.path.commonprefix([tail, last_tail]))
+        for text in (tail, last_tail):
+            torn = (m.start() for m in self.tokenizer.control_pattern.finditer(text) if m.start() < end < m.end())
+            end = next(torn, end)
+        return tail[:end]
+
+    def _encode(self, text: str, marking: Marking, *, after: str | None) -> Rendered:
+        """Encode text that stands after the control token `after`.
+
+        It is encoded together with that token, which may swallow the space behind it, and the token's id taken off.
+        """
+        whole = (after or "") + text
+        encode = self.tokenizer.encode
+        ids = self.tokenizer.encode_marked(whole, marking.mark) if marking.mark else encode(whole)
+        if after is not None:
+            if ids[0] != self.tokenizer.id_of(after):
+                raise TemplateRefused(f"the stop token {after!r} is not encoded as one token")
+            ids = ids[1:]
+        return Rendered(TokenRun(ids), text[-_TAIL_CHARS:].replace(marking.mark or "\0", ""), marking.found)

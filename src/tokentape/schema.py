@@ -1,0 +1,193 @@
+"""Every stored column, declared once: what SQL tables and Arrow schemas are made of.
+
+Two shapes: `TURNS`, `SESSIONS` and `FAILURES` are what the store keeps (deltas, one row a turn); `SAMPLES` is what a
+trainer reads (one row a branch).
+"""
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import pyarrow as pa
+
+from tokentape.tape import Turn
+from tokentape.types import Json, Message, Sampling, TokenRun, VersionSpan
+
+SCHEMA_VERSION = 1
+
+Kind = Literal["text", "int", "real", "bool", "ids", "floats", "json"]
+_SQL: Mapping[Kind, str] = {
+    "text": "TEXT",
+    "int": "INTEGER",
+    "real": "REAL",
+    "bool": "INTEGER",
+    "ids": "BLOB",  # little-endian int32
+    "floats": "BLOB",  # little-endian float32
+    "json": "TEXT",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the store: `nullable` ones may be NULL, `key` ones together are the primary key."""
+
+    name: str
+    kind: Kind
+    nullable: bool = False
+    key: bool = False
+
+
+SESSIONS = (
+    Column("session_id", "text", key=True),
+    Column("state", "text"),
+    Column("created_at", "real"),
+    Column("metadata", "json"),
+    Column("sampling", "json"),
+    Column("max_turns", "int", nullable=True),
+    Column("max_tokens", "int", nullable=True),
+    Column("reward", "real", nullable=True),
+)
+TURNS = (
+    Column("turn_id", "text", key=True),
+    Column("session_id", "text"),
+    Column("parent_id", "text", nullable=True),
+    Column("branch_reason", "text", nullable=True),
+    Column("prompt", "ids"),
+    Column("completion", "ids"),
+    Column("logprobs", "floats"),
+    Column("versions", "json"),
+    Column("finish_reason", "text"),
+    Column("stop_id", "int", nullable=True),
+    Column("messages", "json"),
+    Column("reply", "json"),
+    Column("in_reasoning", "bool"),
+    Column("parse_status", "text"),
+    Column("attempts", "json"),
+    Column("tools", "json"),
+    Column("arguments", "json"),
+    Column("sampling", "json"),
+    Column("neutralised", "json"),
+    Column("ignored", "json"),
+    Column("num_cached_tokens", "int"),
+    Column("created_at", "real"),
+)
+FAILURES = (
+    Column("session_id", "text"),
+    Column("kind", "text"),
+    Column("message", "text"),
+    Column("num_tokens", "int"),
+    Column("created_at", "real"),
+)
+
+SAMPLES = pa.schema(
+    [
+        pa.field("session_id", pa.string(), nullable=False),
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("branch_reason", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("loss_mask", pa.list_(pa.int8()), nullable=False),
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field(
+            "weight_versions",
+            pa.list_(pa.struct([("version", pa.string()), ("start", pa.int32()), ("end", pa.int32())])),
+            nullable=False,
+        ),
+        pa.field("num_prompt_tokens", pa.int32(), nullable=False),
+        pa.field(
+            "turns",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("turn_id", pa.string()),
+                        ("start", pa.int32()),
+                        ("end", pa.int32()),
+                        ("finish_reason", pa.string()),
+                        ("trained", pa.bool_()),
+                        ("parse_status", pa.string()),
+                    ]
+                )
+            ),
+            nullable=False,
+        ),
+        pa.field("reward", pa.float64()),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("messages", pa.string(), nullable=False),
+        pa.field("tools", pa.string(), nullable=False),
+        pa.field("sampling", pa.string(), nullable=False),
+        pa.field("metadata", pa.string(), nullable=False),
+    ],
+    metadata={"tokentape.schema_version": str(SCHEMA_VERSION)},
+)
+
+
+def create_table(name: str, columns: tuple[Column, ...]) -> str:
+    """The SQL statement that makes a table of these columns, if it is not there."""
+    lines = [f"{c.name} {_SQL[c.kind]}{'' if c.nullable else ' NOT NULL'}" for c in columns]
+    keys = ", ".join(c.name for c in columns if c.key)
+    if keys:
+        lines.append(f"PRIMARY KEY ({keys})")
+    return f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(lines)})"
+
+
+def insert_into(name: str, columns: tuple[Column, ...]) -> str:
+    """The SQL statement that inserts one row, its values by name."""
+    return f"INSERT INTO {name} ({', '.join(c.name for c in columns)}) VALUES ({', '.join(':' + c.name for c in columns)})"
+
+
+def turn_to_row(session_id: str, turn: Turn) -> dict[str, Any]:
+    """A turn as values of `TURNS`."""
+    values: dict[str, Any] = {c.name: getattr(turn, c.name) for c in TURNS if c.name != "session_id"}
+    values |= {
+        "session_id": session_id,
+        "prompt": turn.prompt.ids.tobytes(),
+        "completion": turn.completion.ids.tobytes(),
+        "logprobs": turn.logprobs.tobytes(),
+    }
+    return values | {c.name: to_json(values[c.name]) for c in TURNS if c.kind == "json"}
+
+
+def row_to_turn(row: Mapping[str, Any]) -> Turn:
+    """The turn that `turn_to_row` stored."""
+    logprobs = array("f")
+    logprobs.frombytes(row["logprobs"])
+    return Turn(
+        turn_id=row["turn_id"],
+        parent_id=row["parent_id"],
+        branch_reason=row["branch_reason"],
+        prompt=_run(row["prompt"]),
+        completion=_run(row["completion"]),
+        logprobs=logprobs,
+        versions=tuple(from_json(row["versions"], list[VersionSpan])),
+        finish_reason=row["finish_reason"],
+        stop_id=row["stop_id"],
+        messages=tuple(from_json(row["messages"], list[Message])),
+        reply=from_json(row["reply"], Message),
+        in_reasoning=bool(row["in_reasoning"]),
+        parse_status=row["parse_status"],
+        attempts=tuple(from_json(row["attempts"], list[Json])),
+        tools=tuple(from_json(row["tools"], list[Json])),
+        arguments=from_json(row["arguments"], Json),
+        sampling=from_json(row["sampling"], Sampling),
+        neutralised=tuple(from_json(row["neutralised"], list[str])),
+        ignored=tuple(from_json(row["ignored"], list[str])),
+        num_cached_tokens=row["num_cached_tokens"],
+        created_at=row["created_at"],
+    )
+
+
+def to_json(value: object) -> str:
+    """JSON text of a value that a column holds."""
+    return msgspec.json.encode(value).decode()
+
+
+def from_json(text: str, type_: Any) -> Any:
+    """The value back, as `type_`."""
+    return msgspec.json.decode(text, type=type_)
+
+
+def _run(blob: bytes) -> TokenRun:
+    ids: array[int] = array("i")
+    ids.frombytes(blob)
+    return TokenRun(ids)

@@ -1,0 +1,279 @@
+"""Where turns become durable. The store knows rows and transactions, nothing of trees or tokens.
+
+`SQLiteStore` has one writer thread. Whatever is waiting when it is free goes into one transaction, so that a hundred
+sessions share one fsync; a `put` returns only after its own transaction is on disk.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from tokentape.errors import ConfigError, StoreError
+from tokentape.schema import (
+    FAILURES,
+    SCHEMA_VERSION,
+    SESSIONS,
+    TURNS,
+    Column,
+    create_table,
+    from_json,
+    insert_into,
+    row_to_turn,
+    to_json,
+    turn_to_row,
+)
+from tokentape.tape import Turn
+from tokentape.types import Json, Sampling
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A session without its turns. `state` is "open", "finished" or "sealed"; limits are None where there is none."""
+
+    session_id: str
+    state: str
+    created_at: float
+    metadata: Json = field(default_factory=dict[str, Any])
+    sampling: Sampling = field(default_factory=Sampling)
+    max_turns: int | None = None
+    max_tokens: int | None = None
+    reward: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A turn that was not committed: `kind` is an error's kind, `num_tokens` were sampled before it failed."""
+
+    kind: str
+    message: str
+    num_tokens: int
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSession:
+    """All that is stored of a session: turns in the order of their commits."""
+
+    record: SessionRecord
+    turns: tuple[Turn, ...]
+    failures: tuple[Failure, ...]
+
+
+class Store(Protocol):
+    """Durable sessions. Each coroutine returns after the change is durable, or raises `StoreError` and changed nothing."""
+
+    async def put_session(self, record: SessionRecord) -> None:
+        """Create the session, or replace its record."""
+        ...
+
+    async def put_turn(self, session_id: str, turn: Turn) -> None:
+        """Append a turn."""
+        ...
+
+    async def put_failure(self, session_id: str, failure: Failure) -> None:
+        """Append a failure."""
+        ...
+
+    async def delete(self, session_id: str) -> None:
+        """Remove a session and all that belongs to it."""
+        ...
+
+    async def load(self, session_id: str) -> StoredSession | None:
+        """A session with its turns; None where there is none."""
+        ...
+
+    async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
+        """Sessions in the order of their ids, from the first behind `after`."""
+        ...
+
+    async def aclose(self) -> None:
+        """Finish what is waiting and close."""
+        ...
+
+
+@dataclass(slots=True)
+class _Work:
+    """One change or question for the store's thread; `done` is answered on the loop that asked."""
+
+    run: Callable[[sqlite3.Connection], Any]
+    done: "asyncio.Future[Any]"
+    loop: asyncio.AbstractEventLoop
+
+
+class SQLiteStore:
+    """The default store: one SQLite file in WAL mode, `synchronous=FULL`.
+
+    Args:
+        path: the file; its directory must exist. ":memory:" keeps nothing after `aclose`.
+
+    Raises:
+        ConfigError: the file cannot be opened, is no SQLite file, or has a newer schema.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = str(path)
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        try:
+            self._connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+            self._prepare()
+        except sqlite3.Error as error:
+            raise ConfigError(f"--store {self._path}: {error}") from error
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="tokentape-store", daemon=True)
+        self._thread.start()
+
+    async def put_session(self, record: SessionRecord) -> None:
+        """Create the session, or replace its record."""
+        row = _row(SESSIONS, record)
+        await self._do(lambda c: c.execute(insert_into("sessions", SESSIONS).replace("INSERT", "REPLACE", 1), row))
+
+    async def put_turn(self, session_id: str, turn: Turn) -> None:
+        """Append a turn."""
+        row = turn_to_row(session_id, turn)
+        await self._do(lambda c: c.execute(insert_into("turns", TURNS), row))
+
+    async def put_failure(self, session_id: str, failure: Failure) -> None:
+        """Append a failure."""
+        row = {"session_id": session_id, **_row(FAILURES[1:], failure)}
+        await self._do(lambda c: c.execute(insert_into("failures", FAILURES), row))
+
+    async def delete(self, session_id: str) -> None:
+        """Remove a session and all that belongs to it."""
+
+        def run(connection: sqlite3.Connection) -> None:
+            for table in ("sessions", "turns", "failures"):
+                connection.execute(f"DELETE FROM {table} WHERE session_id = ?", (session_id,))  # noqa: S608
+
+        await self._do(run)
+
+    async def load(self, session_id: str) -> StoredSession | None:
+        """A session with its turns; None where there is none."""
+
+        def run(connection: sqlite3.Connection) -> StoredSession | None:
+            where = "WHERE session_id = ? ORDER BY rowid"
+            found = connection.execute("SELECT * FROM sessions WHERE session_id = ?", (session_id,)).fetchone()
+            if found is None:
+                return None
+            turns = connection.execute(f"SELECT * FROM turns {where}", (session_id,))  # noqa: S608
+            failures = connection.execute(f"SELECT * FROM failures {where}", (session_id,))  # noqa: S608
+            return StoredSession(
+                _record(found),
+                tuple(row_to_turn(row) for row in turns),
+                tuple(Failure(**{c.name: row[c.name] for c in FAILURES[1:]}) for row in failures),
+            )
+
+        return await self._do(run)
+
+    async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
+        """Sessions in the order of their ids, from the first behind `after`."""
+
+        def run(connection: sqlite3.Connection) -> Sequence[SessionRecord]:
+            rows = connection.execute(
+                "SELECT * FROM sessions WHERE session_id > :after AND (:state IS NULL OR state = :state) "
+                "ORDER BY session_id LIMIT :limit",
+                {"after": after, "state": state, "limit": limit},
+            )
+            return [_record(row) for row in rows]
+
+        return await self._do(run)
+
+    async def aclose(self) -> None:
+        """Finish what is waiting and close."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+            await asyncio.to_thread(self._thread.join)
+            self._connection.close()
+
+    def _prepare(self) -> None:
+        connection = self._connection
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA busy_timeout=10000")  # an export may read the file at the same time
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"--store {self._path} has schema version {version}, this tokentape knows {SCHEMA_VERSION}: "
+                "use the newer tokentape that wrote it"
+            )
+        for name, columns in (("sessions", SESSIONS), ("turns", TURNS), ("failures", FAILURES)):
+            connection.execute(create_table(name, columns))
+        connection.execute("CREATE INDEX IF NOT EXISTS turns_by_session ON turns (session_id)")
+        connection.execute("CREATE INDEX IF NOT EXISTS failures_by_session ON failures (session_id)")
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    async def _do(self, run: Callable[[sqlite3.Connection], T]) -> T:
+        if self._closed:
+            raise StoreError("the store is closed")
+        loop = asyncio.get_running_loop()
+        work = _Work(run, loop.create_future(), loop)
+        self._queue.put(work)
+        return await work.done
+
+    def _serve(self) -> None:
+        """The store's thread: everything that waits becomes one transaction."""
+        running = True
+        while running:
+            batch = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    batch.append(self._queue.get_nowait())
+            work = [item for item in batch if item is not None]
+            running = len(work) == len(batch)
+            if work:
+                self._transact(work)
+
+    def _transact(self, batch: list[_Work]) -> None:
+        """Run a batch in one transaction; where that fails, each change in its own, so that one cannot fail others."""
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            results = [work.run(self._connection) for work in batch]
+            self._connection.execute("COMMIT")
+        except Exception as error:  # a boundary: whatever a row cannot be turned into must not end the thread
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+            if len(batch) > 1:
+                for work in batch:
+                    self._transact([work])
+                return
+            log.error("store: %s: %s", self._path, error)
+            _answer(batch[0], error=StoreError(f"the store failed: {error}"))
+        else:
+            for work, result in zip(batch, results, strict=True):
+                _answer(work, result=result)
+
+
+def _answer(work: _Work, *, result: object = None, error: StoreError | None = None) -> None:
+    def answer() -> None:
+        if work.done.done():  # the caller has gone
+            return
+        if error is not None:
+            work.done.set_exception(error)
+        else:
+            work.done.set_result(result)
+
+    with contextlib.suppress(RuntimeError):  # its loop is closed
+        work.loop.call_soon_threadsafe(answer)
+
+
+def _row(columns: Sequence[Column], record: object) -> dict[str, Any]:
+    values = {c.name: getattr(record, c.name) for c in columns}
+    return values | {c.name: to_json(values[c.name]) for c in columns if c.kind == "json"}
+
+
+def _record(row: sqlite3.Row) -> SessionRecord:
+    values = {c.name: row[c.name] for c in SESSIONS}
+    values["metadata"] = from_json(row["metadata"], Json)
+    values["sampling"] = from_json(row["sampling"], Sampling)
+    return SessionRecord(**values)

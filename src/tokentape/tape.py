@@ -1,0 +1,129 @@
+"""One turn's tokens, and a branch of turns laid out flat: the tape.
+
+Arrays are machine arrays, appended in C. A turn holds only what it added: its prompt run (the whole prompt for a
+root, the bridge for every other turn) and its completion.
+"""
+
+import math
+from array import array
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+from tokentape.errors import InternalError
+from tokentape.types import Json, Message, Prompt, Sampling, TokenRun, VersionSpan
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One committed generation. P new prompt ids, then C sampled ids.
+
+    `prompt` int[P] is the delta: the bridge after the parent's completion, or the whole prompt where `parent_id` is
+    None. `completion` int[C], `logprobs` float32[C] nats, `versions` spans over 0:C.
+    `branch_reason` is None where the turn simply continues its parent. `messages` are the new messages that the
+    prompt run renders, `reply` is the completion as parsed; `in_reasoning`: it ended inside an unclosed thought.
+    `stop_id` is the stop token at the completion's end, None where it has none. `tools` and `arguments` are the frame
+    that the branch was rendered in. `attempts` are the tool-call attempts as data. `neutralised` are control tokens
+    of untrusted content that were encoded as plain text, `ignored` the request's fields that had no effect.
+    `num_cached_tokens` of the prompt came from the engine's
+    cache. `created_at` is in seconds since the epoch.
+    """
+
+    turn_id: str
+    parent_id: str | None
+    branch_reason: str | None
+    prompt: TokenRun
+    completion: TokenRun
+    logprobs: "array[float]"
+    versions: tuple[VersionSpan, ...]
+    finish_reason: str
+    stop_id: int | None
+    messages: tuple[Message, ...]
+    reply: Message
+    in_reasoning: bool
+    parse_status: str
+    attempts: tuple[Json, ...]
+    tools: tuple[Json, ...]
+    arguments: Json
+    sampling: Sampling
+    neutralised: tuple[str, ...]
+    ignored: tuple[str, ...]
+    num_cached_tokens: int
+    created_at: float
+
+    def verify(self) -> None:
+        """Check what every tape relies on.
+
+        Raises:
+            InternalError: the arrays disagree, a log-probability is not finite, or versions leave a gap.
+        """
+        size = len(self.completion)
+        if len(self.logprobs) != size:
+            raise InternalError(f"turn {self.turn_id}: {size} sampled ids, {len(self.logprobs)} log-probabilities")
+        if not all(map(math.isfinite, self.logprobs)):
+            raise InternalError(f"turn {self.turn_id}: a log-probability is not finite")
+        at = 0
+        for span in self.versions:
+            if span.start != at or span.end <= at:
+                raise InternalError(f"turn {self.turn_id}: version spans leave a gap or overlap at {at}")
+            at = span.end
+        if at != size:
+            raise InternalError(f"turn {self.turn_id}: version spans end at {at} of {size}")
+        if self.stop_id is not None and (not size or self.completion.ids[-1] != self.stop_id):
+            raise InternalError(f"turn {self.turn_id}: the stop token is not the last sampled id")
+
+
+@dataclass(frozen=True, slots=True)
+class TurnSpan:
+    """Tokens `start:end` of a tape are what one turn sampled; `trained` if this tape is the one that trains them."""
+
+    turn: Turn
+    start: int
+    end: int
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tape:
+    """A branch laid out flat, N tokens.
+
+    `token_ids` int32[N], `loss_mask` int8[N], `logprobs` float32[N]: valid only where the mask is 1, 0.0 elsewhere in
+    the array and null everywhere it leaves the process. `versions` are spans over 0:N that cover the trained tokens.
+    """
+
+    token_ids: "array[int]"
+    loss_mask: "array[int]"
+    logprobs: "array[float]"
+    versions: tuple[VersionSpan, ...]
+    turns: tuple[TurnSpan, ...]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the first turn's prompt."""
+        return len(self.turns[0].turn.prompt)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def lay_out(path: Sequence[Turn], trained: Container[str]) -> Tape:
+    """The tape of a root-to-leaf path; turns whose id is in `trained` get mask 1 here."""
+    ids, mask, logprobs = array("i"), array("b"), array("f")
+    versions: list[VersionSpan] = []
+    spans: list[TurnSpan] = []
+    for turn in path:
+        for run in (turn.prompt, turn.completion):
+            ids += run.ids
+        start, end = len(ids) - len(turn.completion), len(ids)
+        mine = turn.turn_id in trained
+        mask.frombytes(bytes(start - len(mask)) + (b"\1" if mine else b"\0") * (end - start))
+        logprobs.frombytes(bytes(4 * (start - len(logprobs))))
+        logprobs += turn.logprobs if mine else array("f", bytes(4 * (end - start)))
+        if mine:
+            versions += [VersionSpan(v.version, v.start + start, v.end + start) for v in turn.versions]
+        spans.append(TurnSpan(turn, start, end, mine))
+    return Tape(ids, mask, logprobs, tuple(versions), tuple(spans))
+
+
+def prompt_after(path: Sequence[Turn], bridge: TokenRun) -> Prompt:
+    """The exact extension of a path: every id that the engine saw or sampled, then the bridge."""
+    return Prompt((*(run for turn in path for run in (turn.prompt, turn.completion)), bridge))

@@ -1,0 +1,232 @@
+"""The model's chat template: messages → text, with the same result as transformers' `apply_chat_template`.
+
+Templates come with model repositories: untrusted code. They run in Jinja's immutable sandbox on plain data.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tokentape.errors import ConfigError, RequestError, TemplateRefused
+from tokentape.types import Json, Message, ToolCall
+
+# String methods and operators with which templates look into a message's content.
+_CONTENT_TESTS = frozenset({"startswith", "endswith", "split", "rsplit", "find", "replace", "count", "index"})
+
+
+class ChatTemplate:
+    """One compiled chat template and the conventions found by probing it.
+
+    `arguments_as_text`: tool-call arguments must be JSON text (DeepSeek R1 and V3.1 raise on objects); otherwise they
+    are objects (most raise on text, or encode it twice). `empty_content`: what an assistant message that is nothing
+    but calls must have as content (some templates drop the calls unless it is None, some print "None").
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = _environment()
+        try:
+            self._template = environment.from_string(source)
+            tree = environment.parse(source)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the chat template does not compile: {error}") from error
+        self._special_tokens = dict(special_tokens)
+        self.source = source
+        self.literal_text = _literal_text(tree)
+        self.content_tests = _content_tests(tree)
+        self.arguments_as_text = False
+        self.empty_content: str | None = None
+        self._probe_conventions()
+
+    @classmethod
+    def from_dir(cls, directory: Path) -> "ChatTemplate":
+        """Read `chat_template.jinja`, else the `chat_template` of `tokenizer_config.json`.
+
+        Raises:
+            ConfigError: neither file has a template; it names both.
+        """
+        config_path = directory / "tokenizer_config.json"
+        config: Json = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+        path = directory / "chat_template.jinja"
+        source: Any = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+        if isinstance(source, list):  # several named templates: transformers takes this one by default
+            named: dict[str, str] = {t["name"]: t["template"] for t in source}  # pyright: ignore[reportUnknownVariableType]
+            source = named.get("default")
+        if not isinstance(source, str):
+            raise ConfigError(
+                f"no chat template: neither {path} nor a `chat_template` in {config_path} exists; "
+                "copy the template of the model you train into the directory"
+            )
+        return cls(source, _special_tokens(config))
+
+    def render(
+        self,
+        messages: Sequence[Json],
+        tools: Sequence[Json] | None,
+        arguments: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool,
+    ) -> str:
+        """The conversation's text. `messages` as `to_json` makes them; `arguments` reach the template by name.
+
+        Raises:
+            TemplateRefused: the template raised, with its words.
+        """
+        variables = {**self._special_tokens, **arguments}
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **{k: v for k, v in variables.items() if k not in _RESERVED},
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateRefused(f"the model's chat template refuses this conversation: {error.message}") from error
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            raise TemplateRefused(f"the model's chat template fails on this conversation: {error}") from error
+
+    def to_json(self, message: Message) -> Json:
+        """A message as the template expects it.
+
+        Reasoning goes under both names that templates read, as transformers does it.
+
+        Raises:
+            RequestError: a tool call's arguments are not an object, and the template needs one.
+        """
+        out: Json = {"role": message.role, "content": message.content}
+        if message.reasoning is not None:
+            out["reasoning_content"] = out["thinking"] = message.reasoning
+        if message.tool_calls:
+            out["content"] = message.content or self.empty_content
+            out["tool_calls"] = [self._call_to_json(call) for call in message.tool_calls]
+        elif message.content is None:
+            out["content"] = ""
+        if message.tool_call_id is not None:
+            out["tool_call_id"] = message.tool_call_id
+        if message.name is not None:
+            out["name"] = message.name
+        return out
+
+    def _call_to_json(self, call: ToolCall) -> Json:
+        arguments: Any = call.arguments
+        if not self.arguments_as_text:
+            try:
+                arguments = json.loads(call.arguments or "{}")
+            except (ValueError, RecursionError) as error:
+                raise RequestError(
+                    f"tool call {call.id!r}: arguments are not JSON ({error}), and the model's chat template "
+                    "needs an object",
+                    param="messages.tool_calls.function.arguments",
+                ) from None
+            if not isinstance(arguments, dict):
+                raise RequestError(
+                    f"tool call {call.id!r}: arguments must be a JSON object, not {type(arguments).__name__}",
+                    param="messages.tool_calls.function.arguments",
+                )
+        return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+    def _probe_conventions(self) -> None:
+        """Find the conventions under which a tool call shows in the rendered text, arguments intact."""
+        for as_text in (False, True):
+            for empty in (None, ""):
+                self.arguments_as_text, self.empty_content = as_text, empty
+                text = self._probe_call()
+                if "probe0" in text and not any(wrong in text for wrong in _MISRENDERED):
+                    return
+        self.arguments_as_text, self.empty_content = False, ""  # it drops tool calls, or raises on them
+
+    def _probe_call(self) -> str:
+        """A rendered tool call and its result; "" where the template raises."""
+        call = ToolCall(id="probe0001", name="tool0", arguments='{"key0": "probe0"}')
+        messages = [
+            self.to_json(Message(role="user", content="u")),
+            self.to_json(Message(role="assistant", tool_calls=(call,))),
+            self.to_json(Message(role="tool", content="r", tool_call_id=call.id)),
+        ]
+        try:
+            return self.render(messages, [PROBE_TOOL], {}, add_generation_prompt=True)
+        except TemplateRefused:
+            return ""
+
+
+PROBE_TOOL: Json = {
+    "type": "function",
+    "function": {
+        "name": "tool0",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"key0": {"type": "string"}}, "required": []},
+    },
+}
+# Arguments encoded twice, Python's repr of a dict, a content of None printed as a word.
+_MISRENDERED = ('\\"key0\\"', "'key0'", "None")
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` blocks mark assistant text for trainers; rendering passes them through."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2 reads it as a plain class attribute
+
+    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment that transformers gives to chat templates."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(format: str) -> str:  # noqa: A002  # templates may pass it by name
+        return datetime.now().strftime(format)  # local time, as transformers
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update({"raise_exception": raise_exception, "strftime_now": strftime_now})
+    return environment
+
+
+def _special_tokens(config: Json) -> dict[str, str]:
+    """`bos_token`, `eos_token`, … as templates name them; each is a string or an object with its content."""
+    tokens: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def _literal_text(tree: jinja2.nodes.Template) -> str:
+    """Everything that the template itself may write, NUL between the pieces."""
+    data = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
+    constants = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    return "\0".join(sorted(data | constants))
+
+
+def _content_tests(tree: jinja2.nodes.Template) -> tuple[str, ...]:
+    """The texts that the template looks for inside messages: its behaviour may hang on them."""
+    found: set[str] = set()
+    for compare in tree.find_all(jinja2.nodes.Compare):
+        if any(op.op in ("in", "notin") for op in compare.ops) and isinstance(compare.expr, jinja2.nodes.Const):
+            found.add(str(compare.expr.value))
+    for call in tree.find_all(jinja2.nodes.Call):
+        if isinstance(call.node, jinja2.nodes.Getattr) and call.node.attr in _CONTENT_TESTS:
+            found |= {str(a.value) for a in call.args if isinstance(a, jinja2.nodes.Const)}
+    return tuple(sorted(text for text in found if len(text.strip()) > 1))

@@ -1,0 +1,81 @@
+"""An engine without a socket: for tests of everything above the engine."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import cast
+
+from tokentape import errors
+from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.testing.script import Reply
+from tokentape.types import VersionSpan
+
+
+class FakeEngine:
+    """An `engines.base.Engine` that answers what it is told, in order, then what `responder` says.
+
+    An item of the script is a `Reply`, or an error to raise; one with `num_tokens` set is raised after that
+    many tokens of the responder's reply. A stream yields one token per chunk. `requests` are those received,
+    `aborted` the rids of those that were left before their end.
+    """
+
+    def __init__(
+        self,
+        *script: Reply | errors.TokentapeError,
+        responder: Callable[[GenerateRequest], Reply] | None = None,
+        info: EngineInfo | None = None,
+    ) -> None:
+        self.requests: list[GenerateRequest] = []
+        self.aborted: list[str] = []
+        self.closed = False
+        self.responder = responder
+        self._script = deque(script)
+        self._info = info or EngineInfo(model="fake", context_length=8192, weight_version="default")
+
+    def script(self, *items: Reply | errors.TokentapeError) -> None:
+        """Answer these next, in order."""
+        self._script.extend(items)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
+        """Yield the next item of the script; see `engines.base.Engine.generate`."""
+        self.requests.append(request)
+        ended = False
+        try:
+            item = self._script.popleft() if self._script else self._respond(request)
+            error = item if isinstance(item, errors.TokentapeError) else None
+            num_good = error.num_tokens if isinstance(error, errors.EngineError) else 0
+            if error is not None and not num_good:
+                ended = True
+                raise error
+            reply = item if isinstance(item, Reply) else self._respond(request)
+            max_tokens = request.sampling.max_tokens or len(reply.ids)
+            sampled = reply.sample(max_tokens, request.sampling.stop_token_ids)
+            ids, logprobs = sampled.ids, cast("list[float]", sampled.logprobs)
+            step = 1 if request.stream else max(len(ids), 1)
+            for start in range(0, len(ids), step):
+                await asyncio.sleep(reply.delay_s * step)
+                if error is not None and start >= num_good:
+                    break
+                yield TokenChunk(ids[start : start + step], logprobs[start : start + step])
+            ended = True
+            if error is not None:
+                raise error
+            versions = reply.versions or [(self._info.weight_version or "default", 0, len(ids))]
+            spans = tuple(VersionSpan(*span) for span in versions)
+            yield GenerateResult(ids, logprobs, sampled.finish, sampled.matched, spans, reply.cached or 0)
+        finally:
+            if not ended:
+                self.aborted.append(request.rid)
+
+    def _respond(self, request: GenerateRequest) -> Reply:
+        if self.responder is None:
+            raise errors.InternalError(f"FakeEngine has no answer left for request {len(self.requests)}")
+        return self.responder(request)
+
+    async def info(self) -> EngineInfo:
+        """What was passed as `info`."""
+        return self._info
+
+    async def aclose(self) -> None:
+        """Remember that it was closed."""
+        self.closed = True

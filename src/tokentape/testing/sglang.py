@@ -1,0 +1,332 @@
+"""A fake SGLang server: the real protocol on a real socket, completions from a script, faults on demand.
+
+Its answers and its refusals have the shape and the words of SGLang 0.5.23, as recorded from a real server.
+"""
+
+import asyncio
+import json
+from array import array
+from collections import deque
+from collections.abc import Callable
+from typing import Self, cast
+
+from aiohttp import web
+from tokenizers import Tokenizer
+
+from tokentape.testing.generation import (
+    Generation,
+    ReceivedRequest,
+    json_answer,
+    open_stream,
+    reset,
+    scripted_answer,
+    to_event,
+)
+from tokentape.testing.script import Fault, Reply
+
+_SAMPLING_PARAMS = (
+    *("max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema"),
+    *(
+        "regex",
+        "ebnf",
+        "structural_tag",
+        "ignore_eos",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+    ),
+    *("no_stop_trim", "stream_interval", "logit_bias", "sampling_seed", "custom_params"),
+)
+_MAX_REMEMBERED = 256  # sequences in the pretended prefix cache
+
+
+class _RefusedError(Exception):
+    """A 400 with SGLang's words; inside a 200 when a stream was asked for, unless `early`."""
+
+    def __init__(self, message: str, *, early: bool = False) -> None:
+        super().__init__(message)
+        self.early = early
+
+
+class FakeSGLang:
+    """`async with FakeSGLang() as fake:` serves SGLang's native protocol at `fake.url`, a free local port.
+
+    What it answers: the items given to `script`, in order; then what `responder` says of the request;
+    without one, the prompt's last four ids and a stop. Requests that run at the same time take the script's
+    items in the order of their arrival.
+
+    It refuses what the real server refuses, in its words: no or empty `input_ids`, unknown or bad sampling
+    parameters, a `rid` that is running, a prompt (plus `max_new_tokens`) beyond `context_length`. An id
+    outside `vocab_size` kills it, as it does the real one. `/abort_request` ends a running request with its
+    partial ids, and every other whose rid begins with the same text (observed on the real one). Stop strings
+    are not looked for.
+
+    With a `tokenizer` it also fills in `text`. `incremental` makes streams send deltas, as the server flag
+    `--incremental-streaming-output` does. Set `weight_version` between requests to pretend a weight update.
+
+    `requests` are all that were received, `aborts` the rids of `/abort_request`, `alive` whether it still
+    serves.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None = None,
+        *,
+        vocab_size: int | None = None,
+        context_length: int = 8192,
+        incremental: bool = False,
+        responder: Callable[[ReceivedRequest], Reply | Fault] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size or (tokenizer.get_vocab_size() if tokenizer else 32_000)
+        self.context_length = context_length
+        self.incremental = incremental
+        self.responder = responder
+        self.weight_version = "default"
+        self.requests: list[ReceivedRequest] = []
+        self.aborts: list[str] = []
+        self.alive = False
+        self._script: deque[Reply | Fault] = deque()
+        self._running: dict[str, ReceivedRequest] = {}
+        self._seen: deque[array[int]] = deque(maxlen=_MAX_REMEMBERED)
+        self._connections: set[asyncio.Transport] = set()
+        self._port = 0
+        self._runner: web.AppRunner | None = None
+        self._site: web.TCPSite | None = None
+        self._dying: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens; the same after `kill` and `start`."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def script(self, *items: Reply | Fault) -> None:
+        """Answer the next requests with these, in order."""
+        self._script.extend(items)
+
+    async def start(self) -> None:
+        """Listen; again on the same port when it was killed."""
+        app = web.Application(client_max_size=1 << 30)
+        app.add_routes(
+            [
+                web.post("/generate", self._generate),
+                web.post("/abort_request", self._abort_request),
+                web.get("/health", self._health),
+                web.get("/health_generate", self._health),
+                web.get("/model_info", self._model_info),
+                web.get("/get_model_info", self._model_info),
+                web.get("/server_info", self._server_info),
+                web.get("/get_server_info", self._server_info),
+                web.get("/v1/models", self._models),
+            ]
+        )
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, keepalive_timeout=5.0, shutdown_timeout=0.1
+        )
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        await self._site.start()
+        self._port = cast("int", self._runner.addresses[0][1])
+        self.alive = True
+
+    async def kill(self) -> None:
+        """Die as a process does: connections are reset, new ones refused. The prefix cache is lost."""
+        self.alive = False
+        if self._site is not None:
+            site, self._site = self._site, None
+            await site.stop()
+        for transport in tuple(self._connections):
+            transport.abort()
+        self._seen.clear()
+
+    async def aclose(self) -> None:
+        """Stop serving."""
+        await self.kill()
+        if self._dying is not None:
+            await self._dying
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        """Wait until `condition()` holds, for example `lambda: fake.aborts != []`; else `TimeoutError`."""
+        async with asyncio.timeout(timeout_s):
+            while not condition():  # noqa: ASYNC110  # any state, no event
+                await asyncio.sleep(0.002)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.aclose()
+
+    # --- routes ---
+
+    async def _generate(self, http: web.Request) -> web.StreamResponse:
+        transport = cast("asyncio.Transport", http.transport)
+        self._connections.add(transport)
+        raw = await http.read()
+        try:
+            received = ReceivedRequest(raw, json.loads(raw), dict(http.headers))
+        except ValueError:
+            return json_answer(
+                400, {"object": "error", "message": "1 validation error:\n  {'type': 'json_invalid'}"}
+            )
+        self.requests.append(received)
+        try:
+            max_tokens = self._check(received)
+        except _RefusedError as refused:
+            return await self._refuse(http, received, str(refused), early=refused.early)
+        if not all(0 <= i < self.vocab_size for i in (min(received.input_ids), max(received.input_ids))):
+            return await self._die(transport)
+        self._running[received.rid] = received
+        try:
+            return await self._answer(http, received, max_tokens)
+        except (asyncio.CancelledError, ConnectionError):
+            received.disconnected = True  # the real server aborts the generation, too
+            raise
+        finally:
+            self._running.pop(received.rid, None)
+            self._connections.discard(transport)
+
+    def _check(self, received: ReceivedRequest) -> int:
+        """`max_new_tokens`, when the real server would accept the request."""
+        body, params = received.body, received.sampling_params
+        if "input_ids" not in body:
+            raise _RefusedError("Either text, input_ids or input_embeds should be provided.")
+        if not isinstance(body["input_ids"], list):
+            what = "1 validation error:\n  {'type': 'value_error', 'loc': ('body', 'input_ids')}"
+            raise _RefusedError(what, early=True)
+        if not received.input_ids:
+            raise _RefusedError("input_ids cannot be empty.")
+        unknown = next((name for name in params if name not in _SAMPLING_PARAMS), None)
+        if unknown is not None:
+            names = ", ".join(f"`{name}`" for name in _SAMPLING_PARAMS)
+            raise _RefusedError(f"unknown field `{unknown}`, expected one of {names}", early=True)
+        if received.rid in self._running:
+            raise _RefusedError(f"Duplicate request ID detected: {received.rid}")
+        num_prompt, context = len(received.input_ids), self.context_length
+        max_tokens = int(params.get("max_new_tokens", min(128, max(context - num_prompt, 0))))
+        if max_tokens < 0:
+            raise _RefusedError(f"max_new_tokens must be at least 0, got {max_tokens}.")
+        if (temperature := params.get("temperature", 1.0)) < 0:
+            raise _RefusedError(f"temperature must be a non-negative finite number, got {temperature}.")
+        if num_prompt >= context:
+            what = f"longer than the model's context length ({context} tokens)."
+            raise _RefusedError(f"The input ({num_prompt} tokens) is {what}")
+        if (total := num_prompt + max_tokens) > context:
+            raise _RefusedError(
+                f"Requested token count exceeds the model's maximum context length of {context} tokens. "
+                f"You requested a total of {total} tokens: {num_prompt} tokens from the input messages and "
+                f"{max_tokens} tokens for the completion. Please reduce the number of tokens in the input "
+                "messages or the completion to fit within the limit."
+            )
+        return max_tokens
+
+    async def _answer(
+        self, http: web.Request, received: ReceivedRequest, max_tokens: int
+    ) -> web.StreamResponse:
+        item = self._script.popleft() if self._script else self._respond(received)
+        fault = item if isinstance(item, Fault) else None
+        reply = item if isinstance(item, Reply) else item.reply or _reply_of(self._respond(received))
+        if fault is not None:
+            if fault.kind == "die":
+                return await self._die(cast("asyncio.Transport", http.transport))
+            if fault.kind == "disconnect" and fault.after is None:
+                return reset(http)
+            if fault.kind in ("status", "not_json"):
+                return scripted_answer(fault)
+        sampled = reply.sample(max_tokens, received.sampling_params.get("stop_token_ids") or ())
+        generation = Generation(
+            received,
+            reply,
+            fault,
+            sampled,
+            num_cached=self.cached_tokens(received.input_ids) if reply.cached is None else reply.cached,
+            version=self.weight_version,
+            incremental=self.incremental,
+            tokenizer=self.tokenizer,
+        )
+        self._remember(array("q", [*received.input_ids, *sampled.ids[:-1]]))
+        if received.stream:
+            return await generation.stream(http)
+        return await generation.whole(http)
+
+    def _respond(self, received: ReceivedRequest) -> Reply | Fault:
+        if self.responder is not None:
+            return self.responder(received)
+        return Reply(received.input_ids[-4:], finish="stop")
+
+    def cached_tokens(self, prompt_ids: list[int]) -> int:
+        """How much of a prompt the prefix cache holds; its last token is always computed."""
+        prompt = array("q", prompt_ids)
+        longest = max((_common_prefix(prompt, seen) for seen in self._seen), default=0)
+        return min(longest, len(prompt_ids) - 1)
+
+    def _remember(self, ids: "array[int]") -> None:
+        """The last sampled token is left out: the real server never computed it either."""
+        kept = [seen for seen in self._seen if _common_prefix(ids, seen) < len(seen)]
+        self._seen = deque([*kept, ids], maxlen=_MAX_REMEMBERED)
+
+    async def _refuse(
+        self, http: web.Request, received: ReceivedRequest, message: str, *, early: bool
+    ) -> web.StreamResponse:
+        if received.stream and not early:
+            error = {"message": message, "type": "invalid_request_error", "code": 400, "retryable": False}
+            response = await open_stream(http)
+            await response.write(to_event({"error": error}) + b"data: [DONE]\n\n")
+            await response.write_eof()
+            return response
+        if message.startswith("unknown field"):
+            return json_answer(400, {"error": message})
+        if early:
+            return json_answer(
+                400, {"object": "error", "message": message, "type": "Bad Request", "code": 400}
+            )
+        return json_answer(400, {"error": {"message": message}})
+
+    async def _die(self, transport: asyncio.Transport) -> web.StreamResponse:
+        transport.abort()
+        self._dying = asyncio.get_running_loop().create_task(self.kill())
+        await asyncio.sleep(3600)  # the client's connection is gone: this handler is cancelled
+        raise ConnectionResetError
+
+    async def _abort_request(self, http: web.Request) -> web.Response:
+        body = await http.json()
+        rid: str = body.get("rid", "")
+        self.aborts.append(rid)
+        if body.get("abort_all") or rid in self._running:
+            for name, received in self._running.items():
+                if body.get("abort_all") or name.startswith(rid):
+                    received.aborted.set()
+        return web.Response()
+
+    async def _health(self, _http: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _model_info(self, _http: web.Request) -> web.Response:
+        info = {"model_path": "fake", "is_generation": True, "weight_version": self.weight_version}
+        return json_answer(200, info)
+
+    async def _server_info(self, _http: web.Request) -> web.Response:
+        return json_answer(200, {"model_path": "fake", "context_length": None, "version": "0.5.23"})
+
+    async def _models(self, _http: web.Request) -> web.Response:
+        card = {"id": "fake", "object": "model", "max_model_len": self.context_length}
+        return json_answer(200, {"object": "list", "data": [card]})
+
+
+def _reply_of(item: Reply | Fault) -> Reply:
+    if isinstance(item, Fault):
+        what = "the responder answered a scripted fault with another fault"
+        raise ValueError(f"{what}: give the first one a reply")  # noqa: TRY004  # a script, not a type, is wrong
+    return item
+
+
+def _common_prefix(a: "array[int]", b: "array[int]") -> int:
+    """Length of the longest common prefix: growing blocks are compared in C, the last one is searched."""
+    end, start, block = min(len(a), len(b)), 0, 64
+    while start < end and a[start : start + block] == b[start : start + block]:
+        start, block = start + block, block * 2
+    low, high = min(start, end), min(start + block, end)
+    return next((i for i in range(low, high) if a[i] != b[i]), high)

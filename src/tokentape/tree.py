@@ -1,0 +1,281 @@
+"""A session's turns as a tree: find the recorded turn that a request continues, commit what it sampled.
+
+Requests are matched on meaning. Messages are the edges of a trie, keyed by digests that leave out what agents change
+without meaning it: the order of JSON keys, None for "", the numbering of tool calls, spaces around what the assistant
+said, reasoning that is not replayed. Tools and template arguments are part of the prompt, so each pair of them has a
+trie of its own.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+from typing import Any, TypeAlias
+
+import msgspec
+
+from tokentape.errors import InternalError
+from tokentape.outline import Outline
+from tokentape.tape import Tape, Turn, lay_out
+from tokentape.types import Json, Message
+
+Digest: TypeAlias = bytes
+
+
+class BranchReason(StrEnum):
+    """Why a turn starts a branch. A template that rewrites history adds its own reasons (`render.Rewrite`)."""
+
+    ROOT = "root"  # the session's first turn
+    NEW_CONVERSATION = "new_conversation"  # no recorded turn is a prefix, and none was meant to be
+    EDITED_HISTORY = "edited_history"  # the request replays assistant messages that differ from what was sampled
+    TOOLS_CHANGED = "tools_changed"
+    ARGUMENTS_CHANGED = "template_arguments_changed"
+    RESAMPLED = "resampled"  # the same request again
+    FORKED = "forked"  # the turn it continues has been continued otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class MessageKey:
+    """One message's identity in its place.
+
+    `base` is its meaning without reasoning, `reasoning` a digest of that, None without. `ordinal` is the call that a
+    tool result answers: its index among the calls of the assistant message before, -1 for none.
+    """
+
+    base: Digest
+    ordinal: int
+    reasoning: Digest | None
+    by_assistant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A message with the digests that do not depend on its neighbours; made once per distinct message."""
+
+    message: Message
+    base: Digest
+    reasoning: Digest | None
+
+
+@dataclass(eq=False, slots=True)
+class _Place:
+    """A point in the trie: the messages so far. `turns` are those whose reply is the last of them."""
+
+    edges: "dict[object, _Place]" = field(default_factory=dict["object", "_Place"])
+    turns: list[Turn] = field(default_factory=list[Turn])
+
+
+@dataclass(eq=False, slots=True)
+class _Node:
+    """A committed turn. Its reply ends at `place`; `before` stands for the messages up to the reply."""
+
+    turn: Turn
+    place: _Place
+    before: Outline
+    num_children: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """Where a request joins the tree.
+
+    `path` are the turns from the root to the one that it continues; empty where there is none. The request's first
+    `num_matched` messages are recorded. `before` stands for the messages before the last turn's reply.
+    """
+
+    path: tuple[Turn, ...]
+    num_matched: int
+    before: Outline
+
+
+def know(message: Message) -> Known:
+    """The digests of one message."""
+    content = message.content or ""
+    if message.role == "assistant":
+        content = content.strip()
+    calls = [(call.name, _canonical(call.arguments)) for call in message.tool_calls]
+    reasoning = (message.reasoning or "").strip() if message.role == "assistant" else ""
+    base = _digest((message.role, content, calls, message.name))
+    return Known(message, base, _digest(reasoning) if reasoning else None)
+
+
+def keys_of(known: Sequence[Known], *, after: Message | None = None) -> list[MessageKey]:
+    """The keys of consecutive messages; `after` is the assistant message before them, if there is one."""
+    keys: list[MessageKey] = []
+    calls = after.tool_calls if after is not None else ()
+    for item in known:
+        message = item.message
+        by_assistant = message.role == "assistant"
+        if by_assistant:
+            calls = message.tool_calls
+        answers = (i for i, call in enumerate(calls) if call.id == message.tool_call_id)
+        keys.append(MessageKey(item.base, next(answers, -1), item.reasoning, by_assistant))
+    return keys
+
+
+def frame_key(tools: Sequence[Json], arguments: Mapping[str, Any]) -> tuple[Digest, Digest]:
+    """The identity of what is rendered around the messages: tools, template arguments."""
+    return _digest(_sorted(list(tools))), _digest(_sorted(dict(arguments)))
+
+
+class Tree:
+    """The turns of one session. Append-only.
+
+    `content_tests` are what the chat template looks for in messages (see `Outline`).
+    """
+
+    def __init__(self, content_tests: tuple[str, ...]) -> None:
+        self._content_tests = content_tests
+        self._roots: dict[tuple[Digest, Digest], _Place] = {}
+        self._nodes: dict[str, _Node] = {}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def turns(self) -> Iterator[Turn]:
+        """All turns in the order of their commits."""
+        return (node.turn for node in self._nodes.values())
+
+    def attach(self, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]) -> Attachment:
+        """The longest recorded prefix of a request that ends in a sampled turn."""
+        turn, num_matched = self._longest(frame, keys)
+        if turn is None:
+            return Attachment((), 0, Outline())
+        return Attachment(self.path(turn.turn_id), num_matched, self._nodes[turn.turn_id].before)
+
+    def branch_reason(
+        self, parent_id: str | None, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]
+    ) -> str | None:
+        """Why a turn would start a branch if it were committed now; None where it simply continues its parent.
+
+        `keys` are its new messages: all of the request's where it has no parent.
+        """
+        if parent_id is not None:
+            parent = self._nodes[parent_id]
+            if not parent.num_children:
+                return None
+            if any(key.by_assistant for key in keys):
+                return BranchReason.EDITED_HISTORY
+            return BranchReason.RESAMPLED if _was_answered(parent.place, keys) else BranchReason.FORKED
+        if not self._nodes:
+            return BranchReason.ROOT
+        root = self._roots.get(frame)
+        if root is not None and _was_answered(root, keys):
+            return BranchReason.RESAMPLED
+        if not any(key.by_assistant for key in keys):
+            return BranchReason.NEW_CONVERSATION
+        for other in self._roots:
+            if other != frame and self._longest(other, keys)[0] is not None:
+                return BranchReason.TOOLS_CHANGED if other[0] != frame[0] else BranchReason.ARGUMENTS_CHANGED
+        return BranchReason.EDITED_HISTORY
+
+    def commit(self, turn: Turn) -> None:
+        """Append a turn.
+
+        Raises:
+            InternalError: the turn breaks an invariant, is known already, or its parent is not.
+        """
+        turn.verify()
+        if turn.turn_id in self._nodes:
+            raise InternalError(f"turn {turn.turn_id} is committed already")
+        if turn.parent_id is None:
+            place = self._roots.setdefault(frame_key(turn.tools, turn.arguments), _Place())
+            before, after = Outline(), None
+        else:
+            parent = self._nodes.get(turn.parent_id)
+            if parent is None:
+                raise InternalError(f"turn {turn.turn_id}: its parent {turn.parent_id} is not in this session")
+            parent.num_children += 1
+            place, after = parent.place, parent.turn.reply
+            before = parent.before.followed_by([after], self._content_tests)
+        for key in keys_of([know(message) for message in (*turn.messages, turn.reply)], after=after):
+            place = _step(place, key)
+        place.turns.append(turn)
+        before = before.followed_by(turn.messages, self._content_tests)
+        self._nodes[turn.turn_id] = _Node(turn, place, before)
+
+    def path(self, turn_id: str) -> tuple[Turn, ...]:
+        """The turns from the root to this one."""
+        path: list[Turn] = []
+        at: str | None = turn_id
+        while at is not None:
+            path.append(self._nodes[at].turn)
+            at = path[-1].parent_id
+        return tuple(reversed(path))
+
+    def branches(self) -> list[tuple[Turn, ...]]:
+        """All root-to-leaf paths, in the order in which their leaves were committed."""
+        return [self.path(node.turn.turn_id) for node in self._nodes.values() if not node.num_children]
+
+    def tapes(self) -> list[Tape]:
+        """All branches laid out. A turn that several share is trained in the longest one, the earliest of equals."""
+        branches = self.branches()
+        owner: dict[str, int] = {}
+        for index in sorted(range(len(branches)), key=lambda i: -len(branches[i])):
+            for turn in branches[index]:
+                owner.setdefault(turn.turn_id, index)
+        return [
+            lay_out(path, {turn.turn_id for turn in path if owner[turn.turn_id] == index})
+            for index, path in enumerate(branches)
+        ]
+
+    def _longest(self, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]) -> tuple[Turn | None, int]:
+        place = self._roots.get(frame)
+        found, num_matched = None, 0
+        for index, key in enumerate(keys):
+            place = _follow(place, key) if place is not None else None
+            if place is None:
+                break
+            if place.turns:
+                found, num_matched = place.turns[-1], index + 1
+        return found, num_matched
+
+
+def _follow(place: _Place, key: MessageKey) -> _Place | None:
+    """Where a message leads. Without reasoning it means the latest one recorded, whatever that thought."""
+    if key.reasoning is None:
+        return place.edges.get((key.base, key.ordinal))
+    return place.edges.get((key.base, key.ordinal, key.reasoning))
+
+
+def _step(place: _Place, key: MessageKey) -> _Place:
+    """Where a recorded message leads, the way made if it is new."""
+    full = (key.base, key.ordinal, key.reasoning)
+    target = place.edges.setdefault(full, _Place())
+    place.edges[key.base, key.ordinal] = target
+    return target
+
+
+def _was_answered(place: _Place, keys: Sequence[MessageKey]) -> bool:
+    """Whether exactly these messages have been answered before by a sampled turn."""
+    at: _Place | None = place
+    for key in keys:
+        at = _follow(at, key) if at is not None else None
+    return at is not None and any(target.turns for target in at.edges.values())
+
+
+def _digest(value: object) -> Digest:
+    return blake2b(msgspec.json.encode(value), digest_size=16).digest()
+
+
+def _canonical(arguments: str) -> str:
+    """JSON text in one form: keys sorted, 1.0 as 1 (JavaScript writes it so); text that is not JSON stays as it is."""
+    try:
+        return json.dumps(_sorted(json.loads(arguments, parse_float=_number)), ensure_ascii=True)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _number(text: str) -> float | int:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _sorted(value: Any) -> Any:
+    """Plain JSON data with the keys of every object in order."""
+    if isinstance(value, dict):
+        return {k: _sorted(value[k]) for k in sorted(value)}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if isinstance(value, list | tuple):
+        return [_sorted(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return value

@@ -1,0 +1,91 @@
+"""Untrusted text stays text: a web page that contains `<|im_end|>` must not end a turn.
+
+Control tokens found in untrusted strings get a mark inside before the template renders them; the tokenizer encodes
+a marked control token as plain text. The mark is a Unicode noncharacter that occurs nowhere in the conversation, so
+it passes through trims, slices and JSON escapes of the template unchanged.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokentape.errors import RequestError
+from tokentape.tokenizer import Tokenizer
+from tokentape.types import Json
+
+_NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Marking:
+    """`found`: the control tokens that were neutralised, sorted. `mark`: the character inside them, "" if none."""
+
+    mark: str = ""
+    found: tuple[str, ...] = ()
+
+
+def mark_untrusted(
+    tokenizer: Tokenizer, tools: Sequence[Json], messages: Sequence[Json]
+) -> tuple[Sequence[Json], Sequence[Json], Marking]:
+    """Tools and template messages with the control tokens of untrusted strings marked; unchanged where there are none.
+
+    What the model said may contain the tokens of its own grammar, but no special token; everything else that comes
+    from outside, tool names and schemas included, may contain no control token at all.
+
+    Raises:
+        RequestError: the conversation uses up every noncharacter that could serve as mark.
+    """
+
+    def forbidden(token: str, *, assistant: bool) -> bool:
+        return not assistant or token in tokenizer.special_tokens
+
+    sources = [(tool, False) for tool in tools] + [(m, m["role"] == "assistant") for m in messages]
+    found = {
+        token
+        for source, assistant in sources
+        for text in _strings(source)
+        for token in tokenizer.control_pattern.findall(text)
+        if forbidden(token, assistant=assistant)
+    }
+    if not found:
+        return tools, messages, Marking()
+    used = json.dumps([tools, messages], ensure_ascii=False)
+    mark = next((c for c in _NONCHARACTERS if c not in used), None)
+    if mark is None:
+        raise RequestError("the messages contain all 32 Unicode noncharacters U+FDD0 to U+FDEF", param="messages")
+
+    def marked(source: Json, *, assistant: bool) -> Json:
+        def put(text: str) -> str:
+            return tokenizer.control_pattern.sub(
+                lambda m: m[0][0] + mark + m[0][1:] if forbidden(m[0], assistant=assistant) else m[0], text
+            )
+
+        return _mapped(source, put)
+
+    done = [marked(source, assistant=assistant) for source, assistant in sources]
+    return done[: len(tools)], done[len(tools) :], Marking(mark, tuple(sorted(found)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string inside plain JSON data, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:  # pyright: ignore[reportUnknownVariableType]
+            yield from _strings(item)
+
+
+def _mapped(value: Any, put: Callable[[str], str]) -> Any:
+    """Plain JSON data with `put` applied to every string."""
+    if isinstance(value, str):
+        return put(value)
+    if isinstance(value, dict):
+        return {put(k): _mapped(v, put) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if isinstance(value, list | tuple):
+        return [_mapped(item, put) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return value
