@@ -11,7 +11,7 @@ from typing import Any
 
 from tokentape.demo.task import CALCULATOR, SYSTEM, Question, calculator, make_question
 
-SLIP = 0.28  # share of questions that the demonstrator gets wrong
+SLIP = 0.35  # share of questions that the demonstrator gets wrong
 
 Message = dict[str, Any]
 
@@ -129,8 +129,9 @@ def slip(rng: Random, question: Question) -> tuple[list[str], str | None]:
     if rng.random() < 0.5:
         return calls[:1], None
     left, operator, right = calls[1].split()
-    wrong = {"+": "-", "-": "+", "*": "+"}[operator] if rng.random() < 0.5 else None
-    return [calls[0], f"{left} {wrong} {right}" if wrong else f"{right} {operator} {left}"], None
+    if operator == "-" and rng.random() < 0.5:
+        return [calls[0], f"{right} - {left}"], None
+    return [calls[0], f"{left} {'-' if operator == '+' else '+'} {right}"], None
 
 
 def solve(rng: Random, question: Question) -> list[Message]:

@@ -31,7 +31,7 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-STEPS = 4000  # of the bundled model
+STEPS = 1200  # of the bundled model
 VOCAB_SIZE = 1024
 CONTEXT = 4096
 SHORT = 0.5  # share of the training that leaves out the system turn
@@ -250,6 +250,9 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write a checkpoint that transformers and SGLang load: weights in bf16, plain files."""
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where readers before transformers 5 look
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "model.safetensors").chmod(0o644)  # transformers leaves it readable by its owner only
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {

@@ -29,7 +29,7 @@ _FORMAT_NAMES = ", ".join(row.name for row in FORMATS if row.calls or row.reason
 
 
 class _Group(click.Group):
-    """Turns an error of the tree into one line and exit code 2; `--help` lists commands in the order of use."""
+    """An error becomes one line and exit code 2; `--help` lists commands in the order of use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
@@ -51,24 +51,31 @@ class _Group(click.Group):
 def main() -> None:
     """Token-exact reinforcement-learning data from any LLM agent.
 
-    Start with `tokentape demo`. Then put `tokentape serve` between your agent and your SGLang server, and give
-    the agent the gateway's URL instead of OpenAI's.
+    Start with `tokentape demo`. Then put `tokentape serve` between your agent and your SGLang server, and
+    give the agent the gateway's URL instead of OpenAI's.
     """
 
 
 @main.command()
-@click.option("--episodes", type=click.IntRange(min=1), default=32, show_default=True, help="How many episodes.")
-@click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True, help="How many at a time.")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"), show_default=True,
+    "--episodes", type=click.IntRange(min=1), default=32, show_default=True, help="How many episodes."
+)
+@click.option(
+    "--concurrency", type=click.IntRange(min=1), default=8, show_default=True, help="How many at a time."
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
     help="Directory for the store and rollouts.parquet.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of questions and sampling.")
 def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
     """Run the whole loop on the embedded engine, without a network.
 
-    A small arithmetic agent, written with the openai SDK, talks to a gateway that talks to the bundled model. The
-    exact tapes end up in OUT/rollouts.parquet; a summary says what happened.
+    A small arithmetic agent, written with the openai SDK, talks to a gateway that talks to the bundled model.
+    The exact tapes end up in OUT/rollouts.parquet; a summary says what happened.
     """
     try:
         from tokentape.demo.run import run_demo
@@ -81,49 +88,89 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
 
 @main.command()
 @click.option("--model", required=True, help="Model directory or hub id: tokenizer and chat template.")
-@click.option("--engine", "engines", required=True, multiple=True, metavar="URL", help="URL of the SGLang server.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=int, default=8000, show_default=True, help="Port to listen on; 0 picks a free one.")
 @click.option(
-    "--store", type=click.Path(dir_okay=False, path_type=Path), default=Path("tokentape.sqlite"), show_default=True,
+    "--engine", "engines", required=True, multiple=True, metavar="URL", help="URL of the SGLang server."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=int, default=8000, show_default=True, help="Port to listen on; 0 picks a free one."
+)
+@click.option(
+    "--store",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("tokentape.sqlite"),
+    show_default=True,
     help="SQLite file of the sessions; an existing one is continued.",
 )
 @click.option(
-    "--tool-format", default="auto", show_default=True, metavar="NAME",
+    "--tool-format",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
     help=f"How the model writes tool calls: auto reads the template; else one of {_FORMAT_NAMES}, plain.",
 )
 @click.option(
-    "--reasoning-format", default="auto", show_default=True, metavar="NAME",
+    "--reasoning-format",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
     help="How the model writes reasoning: auto reads the template; else a name as above.",
 )
 @click.option(
-    "--history", type=click.Choice(["template", "preserve"]), default="template", show_default=True,
-    help="Where the template rewrites earlier turns: start a branch as it does, or preserve what was sampled.",
+    "--history",
+    type=click.Choice(["template", "preserve"]),
+    default="template",
+    show_default=True,
+    help="Where the template rewrites earlier turns: start a branch, or preserve what was sampled.",
 )
 @click.option("--auto-sessions", is_flag=True, help="Create unknown sessions when they are first used.")
 @click.option("--api-key", envvar="TOKENTAPE_API_KEY", help="Require this key from every caller.")
-@click.option("--strict", is_flag=True, help="Refuse request fields that have no effect, instead of recording them.")
-@click.option("--served-model-name", default="policy", show_default=True, help="The model's name in replies.")
-@click.option("--context-length", type=click.IntRange(min=1), help="Tokens of context; default: what the engine says.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=4096, show_default=True,
+    "--strict", is_flag=True, help="Refuse request fields that have no effect, instead of recording them."
+)
+@click.option("--served-model-name", default="policy", show_default=True, help="The model's name in replies.")
+@click.option(
+    "--context-length", type=click.IntRange(min=1), help="Tokens of context; default: what the engine says."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
     help="Tokens to sample where neither request nor context length says.",
 )
-@click.option("--connect-timeout", type=float, default=5.0, show_default=True, help="Seconds to reach the engine.")
 @click.option(
-    "--first-token-timeout", type=float, default=600.0, show_default=True, help="Seconds to a stream's first token."
+    "--connect-timeout", type=float, default=5.0, show_default=True, help="Seconds to reach the engine."
+)
+@click.option(
+    "--first-token-timeout",
+    type=float,
+    default=600.0,
+    show_default=True,
+    help="Seconds to a stream's first token.",
 )
 @click.option(
     "--token-timeout", type=float, default=60.0, show_default=True, help="Seconds between a stream's tokens."
 )
-@click.option("--timeout", type=float, default=3600.0, show_default=True, help="Seconds for a whole generation.")
 @click.option(
-    "--max-connections", type=click.IntRange(min=1), default=1024, show_default=True,
+    "--timeout", type=float, default=3600.0, show_default=True, help="Seconds for a whole generation."
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
     help="Generations at a time.",
 )
-@click.option("--max-body-mb", type=click.IntRange(min=1), default=64, show_default=True, help="Largest request.")
-@click.option("--drain-timeout", type=float, default=30.0, show_default=True, help="Seconds to finish at SIGTERM.")
-@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="Logs go to stderr.")
+@click.option(
+    "--max-body-mb", type=click.IntRange(min=1), default=64, show_default=True, help="Largest request."
+)
+@click.option(
+    "--drain-timeout", type=float, default=30.0, show_default=True, help="Seconds to finish at SIGTERM."
+)
+@click.option(
+    "--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="Logs go to stderr."
+)
 def serve(
     model: str,
     engines: Sequence[str],
@@ -150,8 +197,8 @@ def serve(
 ) -> None:
     """Serve agents through an SGLang server and record their tapes.
 
-    Create a session with POST /sessions and give its base_url to the agent as OpenAI's; finish it with its reward;
-    read its tapes from /sessions/ID/samples, or all of them with `tokentape export`.
+    Create a session with POST /sessions and give its base_url to the agent as OpenAI's; finish it with its
+    reward; read its tapes from /sessions/ID/samples, or all of them with `tokentape export`.
     """
     _log_to_stderr(log_level)
     if len(engines) > 1:
@@ -187,12 +234,20 @@ def serve(
 
 
 @main.command()
-@click.option("--model", default=str(TINY_MODEL), help="Model directory or hub id; default: the bundled tiny model.")
+@click.option(
+    "--model", default=str(TINY_MODEL), help="Model directory or hub id; default: the bundled tiny model."
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=int, default=30000, show_default=True, help="Port to listen on; 0 picks a free one.")
+@click.option(
+    "--port", type=int, default=30000, show_default=True, help="Port to listen on; 0 picks a free one."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", default="auto", show_default=True, help="auto (float32 on CPU), float32, bfloat16, float16.")
-@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="Logs go to stderr.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="auto (float32 on CPU), float32, bfloat16, float16."
+)
+@click.option(
+    "--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="Logs go to stderr."
+)
 def engine(model: str, host: str, port: int, device: str, dtype: str, log_level: str) -> None:
     """Serve a Hugging Face causal model over SGLang's native protocol.
 
@@ -202,7 +257,9 @@ def engine(model: str, host: str, port: int, device: str, dtype: str, log_level:
     try:
         from tokentape.engines.local import run_engine
     except ImportError as error:
-        raise ConfigError(f"the embedded engine needs its extra: pip install 'tokentape[local]' ({error})") from error
+        raise ConfigError(
+            f"the embedded engine needs its extra: pip install 'tokentape[local]' ({error})"
+        ) from error
 
     async def run() -> None:
         await run_engine(
@@ -214,10 +271,17 @@ def engine(model: str, host: str, port: int, device: str, dtype: str, log_level:
 
 @main.command()
 @click.option(
-    "--store", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A gateway's store."
+    "--store",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A gateway's store.",
 )
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The Parquet file to write.")
-@click.option("--session", "session_ids", multiple=True, metavar="ID", help="Only this session; may be repeated.")
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The Parquet file to write."
+)
+@click.option(
+    "--session", "session_ids", multiple=True, metavar="ID", help="Only this session; may be repeated."
+)
 def export(store: Path, out: Path, session_ids: Sequence[str]) -> None:
     """Write the tapes of a store to a Parquet file, one row a branch.
 

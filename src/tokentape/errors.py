@@ -1,9 +1,9 @@
 """Every error that tokentape raises, one tree.
 
     TokentapeError                     status  retryable
-    ├── ConfigError                       -       no      a wrong option, model directory or store, said at start
+    ├── ConfigError                       -       no      a wrong option, model directory or store
     ├── RequestError                     400      no      the caller's fault; `param` names the field
-    │   ├── ContextOverflow              400      no      the prompt, or prompt + max tokens, exceeds the context
+    │   ├── ContextOverflow              400      no      prompt, or prompt + max tokens, is too long
     │   ├── TemplateRefused              400      no      the chat template raised on this conversation
     │   ├── Unauthorized                 401      no      an API key is required
     │   ├── NotFound                     404      no      no such session, turn or route
@@ -13,18 +13,19 @@
     │   └── TooLarge                     413      no      the body exceeds the limit
     ├── EngineError                      502      no      the engine did not do what was asked
     │   ├── EngineRejected               502      no      it answered 4xx to a request we believed valid
-    │   ├── EngineProtocolError          502      no      ids, log-probabilities or counts disagree or are missing
+    │   ├── EngineProtocolError          502      no      its answer contradicts itself
     │   ├── EngineAborted                503     yes      the generation was aborted on the engine
     │   ├── EngineFailed                 502     yes      it answered 5xx, or an error event inside a stream
     │   ├── EngineUnavailable            503     yes      no connection, or lost before the first token
     │   ├── EngineDisconnected           502     yes      lost after the first token
     │   └── EngineTimeout                504     yes      no answer, or no further token, in time
-    ├── ClientGone                       499      no      the caller closed the connection before the turn was committed
-    ├── StoreError                       503     yes      the turn could not be made durable; nothing was committed
+    ├── ClientGone                       499      no      the caller left before the turn was committed
+    ├── StoreError                       503     yes      the turn could not be made durable
     └── InternalError                    500      no      a broken invariant: our bug, never the user's
 
-`status` is the HTTP status that every wire dialect answers; `retryable` says whether the same request may succeed
-later without a change. Each dialect (`gateway/chat.py`, …) maps this tree to its provider's shape at one point.
+`status` is the HTTP status that every wire dialect answers; `retryable` says whether the same request may
+succeed later without a change. Each dialect (`gateway/chat.py`, …) maps this tree to its provider's shape at
+one point.
 """
 
 from typing import ClassVar
@@ -62,7 +63,9 @@ class ContextOverflow(RequestError):
     Lengths are in tokens; `None` where only the engine knows them.
     """
 
-    def __init__(self, message: str, *, num_prompt_tokens: int | None = None, context_length: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, num_prompt_tokens: int | None = None, context_length: int | None = None
+    ) -> None:
         super().__init__(message, param="messages")
         self.num_prompt_tokens = num_prompt_tokens
         self.context_length = context_length

@@ -1,6 +1,6 @@
 """Tapes → samples: the rows that trainers read, as Arrow, Parquet or JSON."""
 
-import os
+import contextlib
 from array import array
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
@@ -38,7 +38,9 @@ def samples(record: SessionRecord, tapes: Sequence[Tape]) -> pa.RecordBatch:
             case "loss_mask":
                 columns.append(_lists([tape.loss_mask for tape in tapes], pa.int8()))
             case "logprobs":
-                columns.append(_lists([t.logprobs for t in tapes], pa.float32(), [t.loss_mask for t in tapes]))
+                columns.append(
+                    _lists([t.logprobs for t in tapes], pa.float32(), [t.loss_mask for t in tapes])
+                )
             case name:
                 columns.append(pa.array([row[name] for row in rows], field.type))
     return pa.RecordBatch.from_arrays(columns, schema=SAMPLES)
@@ -74,11 +76,12 @@ async def write_parquet(path: Path, batches: AsyncIterator[pa.RecordBatch]) -> i
                 if batch.num_rows:
                     writer.write_batch(batch)
                     num_rows += batch.num_rows
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a path that cannot be: nothing is there
+            partial.unlink(missing_ok=True)
     return num_rows
 
 

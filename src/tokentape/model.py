@@ -38,7 +38,9 @@ def model_directory(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except (OSError, ValueError, HFValidationError) as error:
-        raise ConfigError(f"--model {name}: no such directory, and the hub does not give it: {error}") from error
+        raise ConfigError(
+            f"--model {name}: no such directory, and the hub does not give it: {error}"
+        ) from error
 
 
 def model_sizes(directory: Path) -> ModelSizes:

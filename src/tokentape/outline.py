@@ -1,12 +1,13 @@
 """A short stand-in for a long conversation, for asking a template how it treats what comes next.
 
-Templates rewrite history by the kinds of messages that follow each other (a user message after reasoning), not by how
-many there are. An outline holds every kind of transition of its conversation, with stand-in texts; its length is
-bounded by the number of kinds, so asking the template costs the same at turn 3 and at turn 300.
+Templates rewrite history by the kinds of messages that follow each other (a user message after reasoning),
+not by how many there are. An outline holds every kind of transition of its conversation, with stand-in texts;
+its length is bounded by the number of kinds, so asking the template costs the same at turn 3 and at turn 300.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tokentape.types import Message, ToolCall
 
@@ -23,8 +24,8 @@ class Outline:
     def followed_by(self, new: Iterable[Message], content_tests: tuple[str, ...]) -> "Outline":
         """The outline of the conversation that goes on with `new`.
 
-        `content_tests` are the texts that the template looks for in messages: they make a kind of their own, and
-        survive in the stand-in.
+        `content_tests` are the texts that the template looks for in messages: they make a kind of their own,
+        and survive in the stand-in.
         """
         messages, kinds = list(self.messages), list(self.kinds)
         for message in new:
@@ -40,7 +41,7 @@ class Outline:
 
 
 def _transitions(kinds: list[object]) -> set[tuple[object, object]]:
-    return set(zip(kinds, kinds[1:], strict=False))
+    return set(pairwise(kinds))
 
 
 def _stand_in(message: Message, content_tests: tuple[str, ...]) -> tuple[Message, object]:
@@ -56,10 +57,20 @@ def _stand_in(message: Message, content_tests: tuple[str, ...]) -> tuple[Message
         role=message.role,
         content=content if message.content is not None else None,
         reasoning="x" if message.reasoning else message.reasoning,
-        tool_calls=tuple(ToolCall(id=c.id, name=c.name, arguments='{"a": "x"}') for c in message.tool_calls[:2]),
+        tool_calls=tuple(
+            ToolCall(id=c.id, name=c.name, arguments='{"a": "x"}') for c in message.tool_calls[:2]
+        ),
         tool_call_id=message.tool_call_id,
         name=message.name,
     )
     thought = None if message.reasoning is None else bool(message.reasoning)
-    kind = (message.role, bool(message.content), marks, edges, thought, len(stand_in.tool_calls), bool(message.name))
+    kind = (
+        message.role,
+        bool(message.content),
+        marks,
+        edges,
+        thought,
+        len(stand_in.tool_calls),
+        bool(message.name),
+    )
     return stand_in, kind

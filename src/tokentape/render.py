@@ -1,19 +1,20 @@
-"""Messages → prompt ids: `render` a whole conversation, or `extend` a recorded turn by what is new.
+r"""Messages → prompt ids: `render` a whole conversation, or `extend` a recorded turn by what is new.
 
-`extend` finds the bridge from the template itself. It renders a short stand-in conversation in which the sampled
-assistant turn carries sentinels, once as the last turn and once followed by the new messages:
+`extend` finds the bridge from the template itself. It renders a short stand-in conversation in which the
+sampled assistant turn carries sentinels, once as the last turn and once followed by the new messages:
 
-    as last    …<|im_start|>assistant\\nSENTINEL<|im_end|>\\n
-    followed   …<|im_start|>assistant\\nSENTINEL<|im_end|>\\n<|im_start|>user\\nnew text<|im_end|>\\n<|im_start|>assistant\\n
+    as last    …<|im_start|>assistant\nSENTINEL<|im_end|>\n followed
+    …<|im_start|>assistant\nSENTINEL<|im_end|>\n<|im_start|>user\nnew
+    text<|im_end|>\n<|im_start|>assistant\n
 
-What both have after the sentinel is how the template closes a turn. The stop token that the model sampled is found
-there (or right behind it, where it doubles as the next opener); the bridge is what follows. A completion without a
-stop token is closed by the template's own end of turn, which is then part of the bridge: never sampled, mask 0.
+What both have after the sentinel is how the template closes a turn. The stop token that the model sampled is
+found there (or right behind it, where it doubles as the next opener); the bridge is what follows. A
+completion without a stop token is closed by the template's own end of turn, which is then part of the bridge:
+never sampled, mask 0.
 """
 
 import json
 import logging
-import os.path
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,8 +59,8 @@ class Frame:
 class Rendered:
     """Prompt ids for the engine: a whole prompt, or a bridge.
 
-    `tail` is the end of the rendered text (a generation prompt may have opened a thought). `neutralised` are the
-    control tokens that untrusted content held and that were encoded as plain text.
+    `tail` is the end of the rendered text (a generation prompt may have opened a thought). `neutralised` are
+    the control tokens that untrusted content held and that were encoded as plain text.
     """
 
     run: TokenRun
@@ -79,8 +80,8 @@ class NotExtendable:
 class Ended:
     """How a sampled turn ended.
 
-    `message` is the turn as parsed. `stop_id` is the stop token that it sampled, None after a length cut or a stop
-    string. `in_reasoning`: it ended inside an unclosed thought.
+    `message` is the turn as parsed. `stop_id` is the stop token that it sampled, None after a length cut or a
+    stop string. `in_reasoning`: it ended inside an unclosed thought.
     """
 
     message: Message
@@ -90,7 +91,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """The stand-in renders: `prompt` up to the generation, the turn as `last`, and `followed` by the new messages.
+    """The stand-in renders: `prompt`, then the turn as `last`, and `followed` by the new messages.
 
     The sentinels stand for the turn's pieces of text; None or empty where it has no such piece.
     """
@@ -109,20 +110,22 @@ class _Probe:
 
 @dataclass(frozen=True, slots=True)
 class _Seam:
-    """The bridge's text, and the stop token's text that stands right before it (None: not at a stop token)."""
+    """The bridge's text, and the text of the stop token right before it (None: there is none)."""
 
     bridge: str
     stop: str | None
 
 
 class Renderer:
-    """Renders and extends for one model. No state but what is compiled at load; safe to share between threads.
+    """Renders and extends for one model. Nothing changes after load: safe to share between threads.
 
-    With `history="template"` a turn that the template would rewrite is `NotExtendable`; with `"preserve"` the sampled
-    ids stay as they are and only the bridge is the template's.
+    With `history="template"` a turn that the template would rewrite is `NotExtendable`; with `"preserve"` the
+    sampled ids stay as they are and only the bridge is the template's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, history: History = "template") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, *, history: History = "template"
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self._preserve = history == "preserve"
@@ -132,7 +135,7 @@ class Renderer:
     def from_dir(
         cls, directory: Path, *, history: History = "template", num_ids: int | None = None
     ) -> "Renderer":
-        """Load tokenizer and chat template from a model directory; `num_ids` are the ids that the model can sample.
+        """Load tokenizer and chat template from a directory; the model can sample `num_ids` ids.
 
         Raises:
             ConfigError: a file is missing or broken; it names the file.
@@ -140,7 +143,9 @@ class Renderer:
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory: --model takes a model directory or a hub id")
         template = ChatTemplate.from_dir(directory)
-        tokenizer = Tokenizer(directory / "tokenizer.json", template_text=template.literal_text, num_ids=num_ids)
+        tokenizer = Tokenizer(
+            directory / "tokenizer.json", template_text=template.literal_text, num_ids=num_ids
+        )
         log.info("tokenizer: %s, %d ids", tokenizer.backend_name, tokenizer.vocab_size)
         return cls(tokenizer, template, history=history)
 
@@ -163,8 +168,8 @@ class Renderer:
     ) -> Rendered | NotExtendable:
         """The bridge after a sampled turn: `prompt + completion + bridge` is the next prompt.
 
-        `outline` stands for the messages before the turn, `new` are the messages after it (at least one). Takes time
-        in proportion to `new`, whatever the length of the history.
+        `outline` stands for the messages before the turn, `new` are the messages after it (at least one).
+        Takes time in proportion to `new`, whatever the length of the history.
 
         Raises:
             RequestError: a tool call in `new` has arguments that the template cannot take.
@@ -176,7 +181,9 @@ class Renderer:
         except TemplateRefused as error:
             return NotExtendable(Rewrite.REFUSED, str(error))
         seam = rewrite or self._seam(ended, probe)
-        return seam if isinstance(seam, NotExtendable) else self._encode(seam.bridge, marking, after=seam.stop)
+        return (
+            seam if isinstance(seam, NotExtendable) else self._encode(seam.bridge, marking, after=seam.stop)
+        )
 
     def outline(self, outline: Outline, new: Sequence[Message]) -> Outline:
         """The outline of a conversation that goes on with `new`."""
@@ -185,8 +192,8 @@ class Renderer:
     def _probe(self, frame: Frame, outline: Outline, message: Message, new: Sequence[Json]) -> _Probe:
         """Render the stand-in conversation, with a plainer turn where the template cannot show this one.
 
-        Llama's template raises on parallel calls: what follows a turn with one call follows a turn with several.
-        SmolLM2's shows no calls at all: to keep such a turn, ask what follows a text.
+        Llama's template raises on parallel calls: what follows a turn with one call follows a turn with
+        several. SmolLM2's shows no calls at all: to keep such a turn, ask what follows a text.
         """
         try:
             probe = self._render_probe(frame, outline, message, message.tool_calls, new)
@@ -199,7 +206,12 @@ class Renderer:
         return probe
 
     def _render_probe(
-        self, frame: Frame, outline: Outline, message: Message, calls: tuple[ToolCall, ...], new: Sequence[Json]
+        self,
+        frame: Frame,
+        outline: Outline,
+        message: Message,
+        calls: tuple[ToolCall, ...],
+        new: Sequence[Json],
     ) -> _Probe:
         sentinel = self._sentinel
         reasoning = f"{sentinel}r" if message.reasoning else None
@@ -217,7 +229,10 @@ class Renderer:
             )
         )
         before = [self.template.to_json(m) for m in outline.messages]
-        render, tools = self.template.render, frame.tools[:1]  # one tool makes a template show all that it has
+        render, tools = (
+            self.template.render,
+            frame.tools[:1],
+        )  # one tool makes a template show all that it has
         return _Probe(
             prompt=render(before, tools, frame.arguments, add_generation_prompt=True),
             last=render([*before, turn], tools, frame.arguments, add_generation_prompt=False),
@@ -232,20 +247,34 @@ class Renderer:
         followed, prompt = probe.followed, probe.prompt
         if not followed.startswith(prompt):
             before = [self.template.to_json(m) for m in outline.messages]
-            closed = self.template.render(before, frame.tools[:1], frame.arguments, add_generation_prompt=False)
+            closed = self.template.render(
+                before, frame.tools[:1], frame.arguments, add_generation_prompt=False
+            )
             if followed.startswith(closed):
-                return NotExtendable(Rewrite.GENERATION_PROMPT, "the turn no longer starts as its prompt ended")
-            return NotExtendable(Rewrite.HISTORY, "earlier messages are rendered differently once these follow")
+                return NotExtendable(
+                    Rewrite.GENERATION_PROMPT, "the turn no longer starts as its prompt ended"
+                )
+            return NotExtendable(
+                Rewrite.HISTORY, "earlier messages are rendered differently once these follow"
+            )
         if probe.reasoning and probe.reasoning not in followed:
-            return NotExtendable(Rewrite.REASONING, "the turn's reasoning is not rendered once these messages follow")
+            return NotExtendable(
+                Rewrite.REASONING, "the turn's reasoning is not rendered once these messages follow"
+            )
         if probe.content and probe.content not in followed:
-            return NotExtendable(Rewrite.CONTENT, "the turn's text is not rendered once these messages follow")
+            return NotExtendable(
+                Rewrite.CONTENT, "the turn's text is not rendered once these messages follow"
+            )
         if any(mark not in followed for mark in probe.calls):
             return NotExtendable(Rewrite.TOOL_CALLS, "the turn's tool calls are not rendered")
-        if ended.message.reasoning == "":  # an empty thought has no text to look for: compare what surrounds it
+        if (
+            ended.message.reasoning == ""
+        ):  # an empty thought has no text to look for: compare what surrounds it
             start, end = len(prompt), min(followed.index(mark) for mark in probe.sentinels)
             if probe.last[start:end] != followed[start:end]:
-                return NotExtendable(Rewrite.REASONING, "the turn's empty thought is not rendered once these follow")
+                return NotExtendable(
+                    Rewrite.REASONING, "the turn's empty thought is not rendered once these follow"
+                )
         return None
 
     def _seam(self, ended: Ended, probe: _Probe) -> _Seam | NotExtendable:
@@ -255,7 +284,9 @@ class Renderer:
         if open_thought:
             marks = [mark for mark in marks if mark == probe.reasoning]
         if not marks:
-            return NotExtendable(Rewrite.CONTENT, "nothing of the turn is rendered once these messages follow")
+            return NotExtendable(
+                Rewrite.CONTENT, "nothing of the turn is rendered once these messages follow"
+            )
         tail = probe.followed[max(probe.followed.rindex(m) + len(m) for m in marks) :]
         if open_thought:
             return _Seam(tail, None)  # the template closes the thought, then the turn
@@ -268,27 +299,36 @@ class Renderer:
             if tail.startswith(stop, len(closing)):  # the stop token doubles as the next opener (GLM)
                 return _Seam(tail[len(closing) + len(stop) :], stop)
             other = self.tokenizer.control_pattern.match(tail, len(closing))
-            if stop in last_tail and other is not None:  # it ends a last turn, and another token an earlier one
+            if (
+                stop in last_tail and other is not None
+            ):  # it ends a last turn, and another token an earlier one
                 if not self._preserve:
-                    return NotExtendable(Rewrite.END_OF_TURN, f"{stop} becomes {other[0]} once messages follow")
+                    return NotExtendable(
+                        Rewrite.END_OF_TURN, f"{stop} becomes {other[0]} once messages follow"
+                    )
                 return _Seam(tail[other.end() :], stop)
-        # Cut by length, by a stop string, or stopped by a token that this template does not write: close the turn.
+        # Cut by length, by a stop string, or stopped by a token that this template does not write: close the
+        # turn.
         special = self.tokenizer.special_tokens
         ends = [m.start() for m in self.tokenizer.control_pattern.finditer(closing) if m[0] in special]
         return _Seam(tail[ends[-1] if ends else len(closing) :], None)
 
     def _closing(self, tail: str, last_tail: str) -> str:
-        """How the template closes a turn: what both texts begin with, cut where a control token would be torn."""
-        end = len(os.path.commonprefix([tail, last_tail]))
+        """How the template closes a turn: what both texts begin with, no control token torn."""
+        pairs = zip(tail, last_tail, strict=False)
+        end = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tail), len(last_tail)))
         for text in (tail, last_tail):
-            torn = (m.start() for m in self.tokenizer.control_pattern.finditer(text) if m.start() < end < m.end())
+            torn = (
+                m.start() for m in self.tokenizer.control_pattern.finditer(text) if m.start() < end < m.end()
+            )
             end = next(torn, end)
         return tail[:end]
 
     def _encode(self, text: str, marking: Marking, *, after: str | None) -> Rendered:
         """Encode text that stands after the control token `after`.
 
-        It is encoded together with that token, which may swallow the space behind it, and the token's id taken off.
+        It is encoded together with that token, which may swallow the space behind it, and the token's id
+        taken off.
         """
         whole = (after or "") + text
         encode = self.tokenizer.encode

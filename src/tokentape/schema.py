@@ -1,7 +1,7 @@
 """Every stored column, declared once: what SQL tables and Arrow schemas are made of.
 
-Two shapes: `TURNS`, `SESSIONS` and `FAILURES` are what the store keeps (deltas, one row a turn); `SAMPLES` is what a
-trainer reads (one row a branch).
+Two shapes: `TURNS`, `SESSIONS` and `FAILURES` are what the store keeps (deltas, one row a turn); `SAMPLES` is
+what a trainer reads (one row a branch).
 """
 
 from array import array
@@ -70,7 +70,7 @@ TURNS = (
     Column("sampling", "json"),
     Column("neutralised", "json"),
     Column("ignored", "json"),
-    Column("num_cached_tokens", "int"),
+    Column("num_cached_tokens", "int", nullable=True),
     Column("created_at", "real"),
 )
 FAILURES = (
@@ -133,7 +133,8 @@ def create_table(name: str, columns: tuple[Column, ...]) -> str:
 
 def insert_into(name: str, columns: tuple[Column, ...]) -> str:
     """The SQL statement that inserts one row, its values by name."""
-    return f"INSERT INTO {name} ({', '.join(c.name for c in columns)}) VALUES ({', '.join(':' + c.name for c in columns)})"
+    names = [c.name for c in columns]
+    return f"INSERT INTO {name} ({', '.join(names)}) VALUES (:{', :'.join(names)})"  # noqa: S608  # our names
 
 
 def turn_to_row(session_id: str, turn: Turn) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Where turns become durable. The store knows rows and transactions, nothing of trees or tokens.
 
-`SQLiteStore` has one writer thread. Whatever is waiting when it is free goes into one transaction, so that a hundred
-sessions share one fsync; a `put` returns only after its own transaction is on disk.
+`SQLiteStore` has one writer thread. Whatever is waiting when it is free goes into one transaction, so that a
+hundred sessions share one fsync; a `put` returns only after its own transaction is on disk.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """A session without its turns. `state` is "open", "finished" or "sealed"; limits are None where there is none."""
+    """A session without its turns. `state` is "open", "finished" or "sealed"; None: no limit."""
 
     session_id: str
     state: str
@@ -52,7 +52,7 @@ class SessionRecord:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A turn that was not committed: `kind` is an error's kind, `num_tokens` were sampled before it failed."""
+    """A turn that was not committed: an error's `kind`; `num_tokens` were sampled before it."""
 
     kind: str
     message: str
@@ -70,7 +70,7 @@ class StoredSession:
 
 
 class Store(Protocol):
-    """Durable sessions. Each coroutine returns after the change is durable, or raises `StoreError` and changed nothing."""
+    """Durable sessions. A change is on disk when its coroutine returns; `StoreError`: nothing changed."""
 
     async def put_session(self, record: SessionRecord) -> None:
         """Create the session, or replace its record."""
@@ -125,8 +125,12 @@ class SQLiteStore:
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         try:
             self._connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-            self._prepare()
         except sqlite3.Error as error:
+            raise ConfigError(f"--store {self._path}: {error}") from error
+        try:
+            self._prepare()
+        except (sqlite3.Error, ConfigError) as error:
+            self._connection.close()
             raise ConfigError(f"--store {self._path}: {error}") from error
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="tokentape-store", daemon=True)
@@ -135,11 +139,16 @@ class SQLiteStore:
     async def put_session(self, record: SessionRecord) -> None:
         """Create the session, or replace its record."""
         row = _row(SESSIONS, record)
-        await self._do(lambda c: c.execute(insert_into("sessions", SESSIONS).replace("INSERT", "REPLACE", 1), row))
+        await self._do(
+            lambda c: c.execute(insert_into("sessions", SESSIONS).replace("INSERT", "REPLACE", 1), row)
+        )
 
     async def put_turn(self, session_id: str, turn: Turn) -> None:
         """Append a turn."""
-        row = turn_to_row(session_id, turn)
+        try:
+            row = turn_to_row(session_id, turn)
+        except (TypeError, ValueError) as error:  # what JSON cannot hold: half a surrogate pair
+            raise StoreError(f"turn {turn.turn_id} cannot be stored: {error}") from error
         await self._do(lambda c: c.execute(insert_into("turns", TURNS), row))
 
     async def put_failure(self, session_id: str, failure: Failure) -> None:
@@ -161,7 +170,9 @@ class SQLiteStore:
 
         def run(connection: sqlite3.Connection) -> StoredSession | None:
             where = "WHERE session_id = ? ORDER BY rowid"
-            found = connection.execute("SELECT * FROM sessions WHERE session_id = ?", (session_id,)).fetchone()
+            found = connection.execute(
+                "SELECT * FROM sessions WHERE session_id = ?", (session_id,)
+            ).fetchone()
             if found is None:
                 return None
             turns = connection.execute(f"SELECT * FROM turns {where}", (session_id,))  # noqa: S608
@@ -204,11 +215,13 @@ class SQLiteStore:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             raise ConfigError(
-                f"--store {self._path} has schema version {version}, this tokentape knows {SCHEMA_VERSION}: "
+                f"schema version {version}, but this tokentape knows {SCHEMA_VERSION}: "
                 "use the newer tokentape that wrote it"
             )
         for name, columns in (("sessions", SESSIONS), ("turns", TURNS), ("failures", FAILURES)):
             connection.execute(create_table(name, columns))
+            names = ", ".join(c.name for c in columns)
+            connection.execute(f"SELECT {names} FROM {name} LIMIT 0")  # noqa: S608  # not somebody else's table
         connection.execute("CREATE INDEX IF NOT EXISTS turns_by_session ON turns (session_id)")
         connection.execute("CREATE INDEX IF NOT EXISTS failures_by_session ON failures (session_id)")
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
@@ -235,7 +248,7 @@ class SQLiteStore:
                 self._transact(work)
 
     def _transact(self, batch: list[_Work]) -> None:
-        """Run a batch in one transaction; where that fails, each change in its own, so that one cannot fail others."""
+        """Run a batch in one transaction; where that fails, each change in its own."""
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             results = [work.run(self._connection) for work in batch]
@@ -247,7 +260,7 @@ class SQLiteStore:
                 for work in batch:
                     self._transact([work])
                 return
-            log.error("store: %s: %s", self._path, error)
+            log.exception("store: %s", self._path)
             _answer(batch[0], error=StoreError(f"the store failed: {error}"))
         else:
             for work, result in zip(batch, results, strict=True):

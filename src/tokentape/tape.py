@@ -1,7 +1,7 @@
 """One turn's tokens, and a branch of turns laid out flat: the tape.
 
-Arrays are machine arrays, appended in C. A turn holds only what it added: its prompt run (the whole prompt for a
-root, the bridge for every other turn) and its completion.
+Arrays are machine arrays, appended in C. A turn holds only what it added: its prompt run (the whole prompt
+for a root, the bridge for every other turn) and its completion.
 """
 
 import math
@@ -17,15 +17,15 @@ from tokentape.types import Json, Message, Prompt, Sampling, TokenRun, VersionSp
 class Turn:
     """One committed generation. P new prompt ids, then C sampled ids.
 
-    `prompt` int[P] is the delta: the bridge after the parent's completion, or the whole prompt where `parent_id` is
-    None. `completion` int[C], `logprobs` float32[C] nats, `versions` spans over 0:C.
-    `branch_reason` is None where the turn simply continues its parent. `messages` are the new messages that the
-    prompt run renders, `reply` is the completion as parsed; `in_reasoning`: it ended inside an unclosed thought.
-    `stop_id` is the stop token at the completion's end, None where it has none. `tools` and `arguments` are the frame
-    that the branch was rendered in. `attempts` are the tool-call attempts as data. `neutralised` are control tokens
-    of untrusted content that were encoded as plain text, `ignored` the request's fields that had no effect.
-    `num_cached_tokens` of the prompt came from the engine's
-    cache. `created_at` is in seconds since the epoch.
+    `prompt` int[P] is the delta: the bridge after the parent's completion, or the whole prompt where
+    `parent_id` is None. `completion` int[C], `logprobs` float32[C] nats, `versions` spans over 0:C.
+    `branch_reason` is None where the turn simply continues its parent. `messages` are the new messages that
+    the prompt run renders, `reply` is the completion as parsed; `in_reasoning`: it ended inside an unclosed
+    thought. `stop_id` is the stop token at the completion's end, None where it has none. `tools` and
+    `arguments` are the frame that the branch was rendered in. `attempts` are the tool-call attempts as data.
+    `neutralised` are control tokens of untrusted content that were encoded as plain text, `ignored` the
+    request's fields that had no effect. `num_cached_tokens` of the prompt came from the engine's cache, None
+    where it did not say. `created_at` is in seconds since the epoch.
     """
 
     turn_id: str
@@ -47,7 +47,7 @@ class Turn:
     sampling: Sampling
     neutralised: tuple[str, ...]
     ignored: tuple[str, ...]
-    num_cached_tokens: int
+    num_cached_tokens: int | None
     created_at: float
 
     def verify(self) -> None:
@@ -58,7 +58,9 @@ class Turn:
         """
         size = len(self.completion)
         if len(self.logprobs) != size:
-            raise InternalError(f"turn {self.turn_id}: {size} sampled ids, {len(self.logprobs)} log-probabilities")
+            raise InternalError(
+                f"turn {self.turn_id}: {size} sampled ids, {len(self.logprobs)} log-probabilities"
+            )
         if not all(map(math.isfinite, self.logprobs)):
             raise InternalError(f"turn {self.turn_id}: a log-probability is not finite")
         at = 0
@@ -74,7 +76,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class TurnSpan:
-    """Tokens `start:end` of a tape are what one turn sampled; `trained` if this tape is the one that trains them."""
+    """Tokens `start:end` of a tape are what one turn sampled; `trained`: this tape trains them."""
 
     turn: Turn
     start: int
@@ -86,8 +88,9 @@ class TurnSpan:
 class Tape:
     """A branch laid out flat, N tokens.
 
-    `token_ids` int32[N], `loss_mask` int8[N], `logprobs` float32[N]: valid only where the mask is 1, 0.0 elsewhere in
-    the array and null everywhere it leaves the process. `versions` are spans over 0:N that cover the trained tokens.
+    `token_ids` int32[N], `loss_mask` int8[N], `logprobs` float32[N]: valid only where the mask is 1, 0.0
+    elsewhere in the array and null everywhere it leaves the process. `versions` are spans over 0:N that cover
+    the trained tokens.
     """
 
     token_ids: "array[int]"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import jinja2.ext
@@ -24,9 +24,10 @@ _CONTENT_TESTS = frozenset({"startswith", "endswith", "split", "rsplit", "find",
 class ChatTemplate:
     """One compiled chat template and the conventions found by probing it.
 
-    `arguments_as_text`: tool-call arguments must be JSON text (DeepSeek R1 and V3.1 raise on objects); otherwise they
-    are objects (most raise on text, or encode it twice). `empty_content`: what an assistant message that is nothing
-    but calls must have as content (some templates drop the calls unless it is None, some print "None").
+    `arguments_as_text`: tool-call arguments must be JSON text (DeepSeek R1 and V3.1 raise on objects);
+    otherwise they are objects (most raise on text, or encode it twice). `empty_content`: what an assistant
+    message that is nothing but calls must have as content (some templates drop the calls unless it is None,
+    some print "None").
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -56,8 +57,8 @@ class ChatTemplate:
         path = directory / "chat_template.jinja"
         source: Any = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
         if isinstance(source, list):  # several named templates: transformers takes this one by default
-            named: dict[str, str] = {t["name"]: t["template"] for t in source}  # pyright: ignore[reportUnknownVariableType]
-            source = named.get("default")
+            listed = cast("list[dict[str, str]]", source)
+            source = {t["name"]: t["template"] for t in listed}.get("default")
         if not isinstance(source, str):
             raise ConfigError(
                 f"no chat template: neither {path} nor a `chat_template` in {config_path} exists; "
@@ -73,7 +74,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
     ) -> str:
-        """The conversation's text. `messages` as `to_json` makes them; `arguments` reach the template by name.
+        """The conversation's text. `messages` are what `to_json` makes; templates read `arguments` by name.
 
         Raises:
             TemplateRefused: the template raised, with its words.
@@ -88,7 +89,9 @@ class ChatTemplate:
                 **{k: v for k, v in variables.items() if k not in _RESERVED},
             )
         except jinja2.TemplateError as error:
-            raise TemplateRefused(f"the model's chat template refuses this conversation: {error.message}") from error
+            raise TemplateRefused(
+                f"the model's chat template refuses this conversation: {error.message}"
+            ) from error
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise TemplateRefused(f"the model's chat template fails on this conversation: {error}") from error
 
@@ -186,9 +189,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
         raise jinja2.TemplateError(message)
 
     def tojson(
-        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+        x: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
     ) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     def strftime_now(format: str) -> str:  # noqa: A002  # templates may pass it by name
         return datetime.now().strftime(format)  # local time, as transformers
@@ -197,7 +206,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals.update({"raise_exception": raise_exception, "strftime_now": strftime_now})
+    cast("Json", environment.globals).update(
+        {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    )
     return environment
 
 
@@ -207,7 +218,7 @@ def _special_tokens(config: Json) -> dict[str, str]:
     for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
         value = config.get(name)
         if isinstance(value, dict):
-            value = value.get("content")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            value = cast("Json", value).get("content")
         if isinstance(value, str):
             tokens[name] = value
     return tokens
@@ -224,7 +235,9 @@ def _content_tests(tree: jinja2.nodes.Template) -> tuple[str, ...]:
     """The texts that the template looks for inside messages: its behaviour may hang on them."""
     found: set[str] = set()
     for compare in tree.find_all(jinja2.nodes.Compare):
-        if any(op.op in ("in", "notin") for op in compare.ops) and isinstance(compare.expr, jinja2.nodes.Const):
+        if any(op.op in ("in", "notin") for op in compare.ops) and isinstance(
+            compare.expr, jinja2.nodes.Const
+        ):
             found.add(str(compare.expr.value))
     for call in tree.find_all(jinja2.nodes.Call):
         if isinstance(call.node, jinja2.nodes.Getattr) and call.node.attr in _CONTENT_TESTS:

@@ -1,9 +1,9 @@
 """A session's turns as a tree: find the recorded turn that a request continues, commit what it sampled.
 
-Requests are matched on meaning. Messages are the edges of a trie, keyed by digests that leave out what agents change
-without meaning it: the order of JSON keys, None for "", the numbering of tool calls, spaces around what the assistant
-said, reasoning that is not replayed. Tools and template arguments are part of the prompt, so each pair of them has a
-trie of its own.
+Requests are matched on meaning. Messages are the edges of a trie, keyed by digests that leave out what agents
+change without meaning it: the order of JSON keys, None for "", the numbering of tool calls, spaces around
+what the assistant said, reasoning that is not replayed. Tools and template arguments are part of the prompt,
+so each pair of them has a trie of its own.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import msgspec
 
@@ -21,14 +21,17 @@ from tokentape.tape import Tape, Turn, lay_out
 from tokentape.types import Json, Message
 
 Digest: TypeAlias = bytes
+_Edge: TypeAlias = tuple[Digest, int]
 
 
 class BranchReason(StrEnum):
-    """Why a turn starts a branch. A template that rewrites history adds its own reasons (`render.Rewrite`)."""
+    """Why a turn starts a branch. Templates that rewrite history add reasons (`render.Rewrite`)."""
 
     ROOT = "root"  # the session's first turn
     NEW_CONVERSATION = "new_conversation"  # no recorded turn is a prefix, and none was meant to be
-    EDITED_HISTORY = "edited_history"  # the request replays assistant messages that differ from what was sampled
+    EDITED_HISTORY = (
+        "edited_history"  # the request replays assistant messages that differ from what was sampled
+    )
     TOOLS_CHANGED = "tools_changed"
     ARGUMENTS_CHANGED = "template_arguments_changed"
     RESAMPLED = "resampled"  # the same request again
@@ -39,8 +42,9 @@ class BranchReason(StrEnum):
 class MessageKey:
     """One message's identity in its place.
 
-    `base` is its meaning without reasoning, `reasoning` a digest of that, None without. `ordinal` is the call that a
-    tool result answers: its index among the calls of the assistant message before, -1 for none.
+    `base` is its meaning without reasoning, `reasoning` a digest of that, None without. `ordinal` is the call
+    that a tool result answers: its index among the calls of the assistant message before, -1 for none. Of
+    calls that share an id (as where ids are dropped) it is the first without an answer.
     """
 
     base: Digest
@@ -60,17 +64,23 @@ class Known:
 
 @dataclass(eq=False, slots=True)
 class _Place:
-    """A point in the trie: the messages so far. `turns` are those whose reply is the last of them."""
+    """A point in the trie: the messages so far. `turns` are those whose reply is the last of them.
 
-    edges: "dict[object, _Place]" = field(default_factory=dict["object", "_Place"])
+    `edges` lead on by a message's base and ordinal, then by its reasoning.
+    """
+
+    edges: "dict[_Edge, dict[Digest | None, _Place]]" = field(
+        default_factory=dict["_Edge", "dict[Digest | None, _Place]"]
+    )
     turns: list[Turn] = field(default_factory=list[Turn])
 
 
 @dataclass(eq=False, slots=True)
 class _Node:
-    """A committed turn. Its reply ends at `place`; `before` stands for the messages up to the reply."""
+    """The session's turn number `index`. Its reply ends at `place`; `before` stands for what precedes it."""
 
     turn: Turn
+    index: int
     place: _Place
     before: Outline
     num_children: int = 0
@@ -80,8 +90,8 @@ class _Node:
 class Attachment:
     """Where a request joins the tree.
 
-    `path` are the turns from the root to the one that it continues; empty where there is none. The request's first
-    `num_matched` messages are recorded. `before` stands for the messages before the last turn's reply.
+    `path` are the turns from the root to the one that it continues; empty where there is none. The request's
+    first `num_matched` messages are recorded. `before` stands for the messages before the last turn's reply.
     """
 
     path: tuple[Turn, ...]
@@ -103,14 +113,16 @@ def know(message: Message) -> Known:
 def keys_of(known: Sequence[Known], *, after: Message | None = None) -> list[MessageKey]:
     """The keys of consecutive messages; `after` is the assistant message before them, if there is one."""
     keys: list[MessageKey] = []
-    calls = after.tool_calls if after is not None else ()
+    waiting = _ids(after) if after is not None else []
     for item in known:
-        message = item.message
+        message, ordinal = item.message, -1
         by_assistant = message.role == "assistant"
         if by_assistant:
-            calls = message.tool_calls
-        answers = (i for i, call in enumerate(calls) if call.id == message.tool_call_id)
-        keys.append(MessageKey(item.base, next(answers, -1), item.reasoning, by_assistant))
+            waiting = _ids(message)
+        elif message.role == "tool" and (message.tool_call_id or "") in waiting:
+            ordinal = waiting.index(message.tool_call_id or "")
+            waiting[ordinal] = None
+        keys.append(MessageKey(item.base, ordinal, item.reasoning, by_assistant))
     return keys
 
 
@@ -147,7 +159,7 @@ class Tree:
     def branch_reason(
         self, parent_id: str | None, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]
     ) -> str | None:
-        """Why a turn would start a branch if it were committed now; None where it simply continues its parent.
+        """Why a turn would start a branch if committed now; None where it simply continues its parent.
 
         `keys` are its new messages: all of the request's where it has no parent.
         """
@@ -165,10 +177,11 @@ class Tree:
             return BranchReason.RESAMPLED
         if not any(key.by_assistant for key in keys):
             return BranchReason.NEW_CONVERSATION
-        for other in self._roots:
-            if other != frame and self._longest(other, keys)[0] is not None:
-                return BranchReason.TOOLS_CHANGED if other[0] != frame[0] else BranchReason.ARGUMENTS_CHANGED
-        return BranchReason.EDITED_HISTORY
+        others = [(self._longest(other, keys)[1], other) for other in self._roots if other != frame]
+        num_matched, nearest = max(others, key=lambda found: found[0], default=(0, frame))
+        if not num_matched:
+            return BranchReason.EDITED_HISTORY
+        return BranchReason.TOOLS_CHANGED if nearest[0] != frame[0] else BranchReason.ARGUMENTS_CHANGED
 
     def commit(self, turn: Turn) -> None:
         """Append a turn.
@@ -185,15 +198,19 @@ class Tree:
         else:
             parent = self._nodes.get(turn.parent_id)
             if parent is None:
-                raise InternalError(f"turn {turn.turn_id}: its parent {turn.parent_id} is not in this session")
-            parent.num_children += 1
+                raise InternalError(
+                    f"turn {turn.turn_id}: its parent {turn.parent_id} is not in this session"
+                )
             place, after = parent.place, parent.turn.reply
             before = parent.before.followed_by([after], self._content_tests)
-        for key in keys_of([know(message) for message in (*turn.messages, turn.reply)], after=after):
+        before = before.followed_by(turn.messages, self._content_tests)
+        keys = keys_of([know(message) for message in (*turn.messages, turn.reply)], after=after)
+        for key in keys:  # nothing raises from here on
             place = _step(place, key)
         place.turns.append(turn)
-        before = before.followed_by(turn.messages, self._content_tests)
-        self._nodes[turn.turn_id] = _Node(turn, place, before)
+        if turn.parent_id is not None:
+            self._nodes[turn.parent_id].num_children += 1
+        self._nodes[turn.turn_id] = _Node(turn, len(self._nodes), place, before)
 
     def path(self, turn_id: str) -> tuple[Turn, ...]:
         """The turns from the root to this one."""
@@ -209,7 +226,7 @@ class Tree:
         return [self.path(node.turn.turn_id) for node in self._nodes.values() if not node.num_children]
 
     def tapes(self) -> list[Tape]:
-        """All branches laid out. A turn that several share is trained in the longest one, the earliest of equals."""
+        """All branches laid out. A turn that several share is trained in the longest of them."""
         branches = self.branches()
         owner: dict[str, int] = {}
         for index in sorted(range(len(branches)), key=lambda i: -len(branches[i])):
@@ -221,38 +238,43 @@ class Tree:
         ]
 
     def _longest(self, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]) -> tuple[Turn | None, int]:
-        place = self._roots.get(frame)
+        root = self._roots.get(frame)
+        places = [root] if root is not None else []
         found, num_matched = None, 0
-        for index, key in enumerate(keys):
-            place = _follow(place, key) if place is not None else None
-            if place is None:
+        for num_keys, key in enumerate(keys, 1):
+            places = _follow(places, key)
+            if not places:
                 break
-            if place.turns:
-                found, num_matched = place.turns[-1], index + 1
+            ended = [place.turns[-1] for place in places if place.turns]
+            if ended:
+                found, num_matched = max(ended, key=lambda turn: self._nodes[turn.turn_id].index), num_keys
         return found, num_matched
 
 
-def _follow(place: _Place, key: MessageKey) -> _Place | None:
-    """Where a message leads. Without reasoning it means the latest one recorded, whatever that thought."""
+def _follow(places: Sequence[_Place], key: MessageKey) -> list[_Place]:
+    """Where a message leads. Without reasoning it may be any that was recorded, whatever that thought."""
+    variants = [place.edges.get((key.base, key.ordinal), {}) for place in places]
     if key.reasoning is None:
-        return place.edges.get((key.base, key.ordinal))
-    return place.edges.get((key.base, key.ordinal, key.reasoning))
+        return [target for targets in variants for target in targets.values()]
+    return [targets[key.reasoning] for targets in variants if key.reasoning in targets]
 
 
 def _step(place: _Place, key: MessageKey) -> _Place:
     """Where a recorded message leads, the way made if it is new."""
-    full = (key.base, key.ordinal, key.reasoning)
-    target = place.edges.setdefault(full, _Place())
-    place.edges[key.base, key.ordinal] = target
-    return target
+    return place.edges.setdefault((key.base, key.ordinal), {}).setdefault(key.reasoning, _Place())
 
 
 def _was_answered(place: _Place, keys: Sequence[MessageKey]) -> bool:
     """Whether exactly these messages have been answered before by a sampled turn."""
-    at: _Place | None = place
+    places = [place]
     for key in keys:
-        at = _follow(at, key) if at is not None else None
-    return at is not None and any(target.turns for target in at.edges.values())
+        places = _follow(places, key)
+    return any(target.turns for at in places for targets in at.edges.values() for target in targets.values())
+
+
+def _ids(message: Message) -> list[str | None]:
+    """The ids of the calls of an assistant message, to be crossed out as they are answered."""
+    return [call.id for call in message.tool_calls]
 
 
 def _digest(value: object) -> Digest:
@@ -260,7 +282,7 @@ def _digest(value: object) -> Digest:
 
 
 def _canonical(arguments: str) -> str:
-    """JSON text in one form: keys sorted, 1.0 as 1 (JavaScript writes it so); text that is not JSON stays as it is."""
+    """JSON text in one form: keys sorted, 1.0 as 1 (as JavaScript writes it); other text as it is."""
     try:
         return json.dumps(_sorted(json.loads(arguments, parse_float=_number)), ensure_ascii=True)
     except (ValueError, RecursionError):
@@ -275,7 +297,8 @@ def _number(text: str) -> float | int:
 def _sorted(value: Any) -> Any:
     """Plain JSON data with the keys of every object in order."""
     if isinstance(value, dict):
-        return {k: _sorted(value[k]) for k in sorted(value)}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        object_ = cast("dict[str, Any]", value)
+        return {key: _sorted(object_[key]) for key in sorted(object_)}
     if isinstance(value, list | tuple):
-        return [_sorted(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_sorted(item) for item in cast("Sequence[Any]", value)]
     return value

@@ -22,8 +22,8 @@ class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One message of a conversation, the same for every wire.
 
-    `content` is plain text (text parts are joined); None and "" differ, because templates treat them differently.
-    `reasoning` is None where there was none, "" where the thought was opened and closed empty.
+    `content` is plain text (text parts are joined); None and "" differ, because templates treat them
+    differently. `reasoning` is None where there was none, "" where the thought was opened and closed empty.
     """
 
     role: Role
@@ -37,8 +37,8 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the policy is sampled with. None means: not given, the engine's own default holds.
 
-    `max_tokens` counts sampled tokens. `stop` are strings, `stop_token_ids` ids. `seed` makes one turn repeatable
-    where the engine supports it.
+    `max_tokens` counts sampled tokens. `stop` are strings, `stop_token_ids` ids. `seed` makes one turn
+    repeatable where the engine supports it.
     """
 
     temperature: float | None = None
@@ -65,18 +65,19 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one turn; `num_cached` of the prompt's tokens came from the engine's prefix cache."""
+    """Token counts of one turn; the engine had `num_cached` of the prompt's (None: it did not say)."""
 
     num_prompt: int
     num_completion: int
-    num_cached: int
+    num_cached: int | None
 
 
 class TokenRun:
     """An immutable run of token ids, kept twice: as int32 array and as the JSON text that an engine is sent.
 
-    The JSON text (no brackets) is made once, when the run is new; a prompt of many runs is joined from these texts
-    without touching a single earlier token. `max_id` lets a client check the vocabulary without rereading history.
+    The JSON text (no brackets) is made once, when the run is new; a prompt of many runs is joined from these
+    texts without touching a single earlier token. `max_id` lets a client check the vocabulary without
+    rereading history.
     """
 
     __slots__ = ("ids", "json", "max_id")

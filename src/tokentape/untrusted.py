@@ -1,14 +1,14 @@
 """Untrusted text stays text: a web page that contains `<|im_end|>` must not end a turn.
 
-Control tokens found in untrusted strings get a mark inside before the template renders them; the tokenizer encodes
-a marked control token as plain text. The mark is a Unicode noncharacter that occurs nowhere in the conversation, so
-it passes through trims, slices and JSON escapes of the template unchanged.
+Control tokens found in untrusted strings get a mark inside before the template renders them; the tokenizer
+encodes a marked control token as plain text. The mark is a Unicode noncharacter that occurs nowhere in the
+conversation, so it passes through trims, slices and JSON escapes of the template unchanged.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from tokentape.errors import RequestError
 from tokentape.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
 @dataclass(frozen=True, slots=True)
 class Marking:
-    """`found`: the control tokens that were neutralised, sorted. `mark`: the character inside them, "" if none."""
+    """`found`: the control tokens neutralised, sorted. `mark`: the character inside them, or ""."""
 
     mark: str = ""
     found: tuple[str, ...] = ()
@@ -28,10 +28,10 @@ class Marking:
 def mark_untrusted(
     tokenizer: Tokenizer, tools: Sequence[Json], messages: Sequence[Json]
 ) -> tuple[Sequence[Json], Sequence[Json], Marking]:
-    """Tools and template messages with the control tokens of untrusted strings marked; unchanged where there are none.
+    """Tools and template messages with the control tokens of untrusted strings marked.
 
-    What the model said may contain the tokens of its own grammar, but no special token; everything else that comes
-    from outside, tool names and schemas included, may contain no control token at all.
+    What the model said may contain the tokens of its own grammar, but no special token; everything else that
+    comes from outside, tool names and schemas included, may contain no control token at all.
 
     Raises:
         RequestError: the conversation uses up every noncharacter that could serve as mark.
@@ -53,7 +53,9 @@ def mark_untrusted(
     used = json.dumps([tools, messages], ensure_ascii=False)
     mark = next((c for c in _NONCHARACTERS if c not in used), None)
     if mark is None:
-        raise RequestError("the messages contain all 32 Unicode noncharacters U+FDD0 to U+FDEF", param="messages")
+        raise RequestError(
+            "the messages contain all 32 Unicode noncharacters U+FDD0 to U+FDEF", param="messages"
+        )
 
     def marked(source: Json, *, assistant: bool) -> Json:
         def put(text: str) -> str:
@@ -72,11 +74,11 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]
+        for key, item in cast("Json", value).items():
             yield from _strings(key)
             yield from _strings(item)
     elif isinstance(value, list | tuple):
-        for item in value:  # pyright: ignore[reportUnknownVariableType]
+        for item in cast("Sequence[Any]", value):
             yield from _strings(item)
 
 
@@ -85,7 +87,7 @@ def _mapped(value: Any, put: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return put(value)
     if isinstance(value, dict):
-        return {put(k): _mapped(v, put) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        return {put(k): _mapped(v, put) for k, v in cast("Json", value).items()}
     if isinstance(value, list | tuple):
-        return [_mapped(item, put) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_mapped(item, put) for item in cast("Sequence[Any]", value)]
     return value

@@ -36,7 +36,9 @@ def engine(model_dir: Path) -> Iterator[LocalEngine]:
 class Job:
     """A submitted generation that can be waited for."""
 
-    def __init__(self, engine: LocalEngine, prompt: list[int], body: GenerateBody | None = None, **params: object):
+    def __init__(
+        self, engine: LocalEngine, prompt: list[int], body: GenerateBody | None = None, **params: object
+    ):
         self._moved = threading.Condition()
         self.generation = Generation(prompt, SamplingParams(**params), body or GenerateBody(stream=True))
         self.generation.on_progress = self._notify
@@ -89,11 +91,28 @@ def assert_spans(generation: Generation) -> None:
     assert ends[-1] == len(generation.completion_ids)
 
 
-# -- exactness ---------------------------------------------------------------------------------------------------
+# -- exactness
 
 
 def test_batched_logprobs_are_those_of_a_plain_forward_pass(engine: LocalEngine, model_dir: Path):
-    lengths = [1, 3, 17, 60, 5, 120, 2, 33, 90, 8, 41, 7, 64, 12, 27, 150]  # 16 at once, all of different lengths
+    lengths = [
+        1,
+        3,
+        17,
+        60,
+        5,
+        120,
+        2,
+        33,
+        90,
+        8,
+        41,
+        7,
+        64,
+        12,
+        27,
+        150,
+    ]  # 16 at once, all of different lengths
     jobs = [
         Job(
             engine,
@@ -141,7 +160,9 @@ def test_padding_has_no_part_in_a_row(model_dir: Path):
         engine.resume().result()
         assert_exact(model_dir, long.wait())
         wrong = short.wait()
-        assert max(abs(a - b) for a, b in zip(wrong.logprobs, reference(model_dir, wrong), strict=True)) > 1e-3
+        assert (
+            max(abs(a - b) for a, b in zip(wrong.logprobs, reference(model_dir, wrong), strict=True)) > 1e-3
+        )
     finally:
         engine.close()
 
@@ -250,7 +271,7 @@ def test_models_with_a_recurrent_state_run_one_by_one(tmp_path: Path, model_dir:
         engine.close()
 
 
-# -- sampling ----------------------------------------------------------------------------------------------------
+# -- sampling
 
 
 def test_a_seed_repeats_alone_and_in_company(engine: LocalEngine):
@@ -347,7 +368,7 @@ def test_logits_that_are_not_finite_end_the_generation_with_our_own_error(
     assert run(engine, [1, 2, 3], max_new_tokens=2, ignore_eos=True).completion_ids  # the engine lives on
 
 
-# -- stops -------------------------------------------------------------------------------------------------------
+# -- stops
 
 
 def test_stop_token_ids_and_ignore_eos(engine: LocalEngine):
@@ -391,7 +412,7 @@ def test_null_max_new_tokens_runs_to_the_end_of_the_context(engine: LocalEngine,
     assert_exact(model_dir, generation)
 
 
-# -- aborts, pauses, reloads -------------------------------------------------------------------------------------
+# -- aborts, pauses, reloads
 
 
 def forever(engine: LocalEngine, rid: str = "", **params: object) -> Job:
@@ -511,11 +532,35 @@ def test_reload_under_a_running_generation(model_dir: Path, tmp_path: Path):
 def test_a_reload_that_does_not_fit_changes_nothing(engine: LocalEngine, tmp_path: Path):
     make(tmp_path / "wide", hidden=64)
     (tmp_path / "empty").mkdir()
-    for name, words in (("wide", "not the model that is running"), ("empty", "config.json"), ("gone", "no such")):
+    for name, words in (
+        ("wide", "not the model that is running"),
+        ("empty", "config.json"),
+        ("gone", "no such"),
+    ):
         with pytest.raises(ConfigError, match=words):
             engine.update_weights(str(tmp_path / name), "bad").result()
     assert engine.weight_version == "default"
     assert run(engine, [1], max_new_tokens=1, ignore_eos=True).weight_version == "default"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_died(model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    engine = LocalEngine(model_dir)
+    job = forever(engine)
+    job.wait(2)
+    monkeypatch.setattr(engine, "_reap", lambda: 1 / 0)
+    reason = job.wait().finish_reason
+    assert reason is not None
+    assert reason["status_code"] == 500
+    assert not engine.healthy
+    with pytest.raises(EngineUnavailable):
+        engine.flush_cache()
+    engine.close()
+
+
+def test_stop_ids_beyond_the_vocabulary_never_match(engine: LocalEngine):
+    generation = run(engine, [1], max_new_tokens=4, min_new_tokens=4, stop_token_ids=[VOCAB + 7, -3])
+    assert len(generation.completion_ids) == 4
 
 
 def test_close_aborts_and_refuses(model_dir: Path):
@@ -529,7 +574,7 @@ def test_close_aborts_and_refuses(model_dir: Path):
         forever(engine)
 
 
-# -- model directories -------------------------------------------------------------------------------------------
+# -- model directories
 
 
 @pytest.mark.parametrize(
@@ -560,13 +605,18 @@ def test_a_missing_directory_or_a_weight_that_is_not_there(model_dir: Path, tmp_
     config = json.loads((directory / "config.json").read_text())
     config |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="weights are missing: model.layers.2"):
+    with pytest.raises(ConfigError, match=r"weights are missing: model\.layers\.2"):
         LocalEngine(directory)
 
 
 def test_facts(engine: LocalEngine, model_dir: Path):
     facts = engine.facts
-    assert (facts.vocab_size, facts.context_length, facts.device, facts.dtype) == (VOCAB, CONTEXT, "cpu", "float32")
+    assert (facts.vocab_size, facts.context_length, facts.device, facts.dtype) == (
+        VOCAB,
+        CONTEXT,
+        "cpu",
+        "float32",
+    )
     assert facts.architectures == ("Qwen3ForCausalLM",)
     assert engine.decode(engine.encode("héllo<|im_end|>")) == "héllo"
     assert engine.decode(engine.encode("a<|im_end|>"), skip_special_tokens=False) == "a<|im_end|>"

@@ -1,4 +1,4 @@
-"""The embedded engine's native protocol on a real socket: the answers that SGLang 0.5.23 was recorded to give."""
+"""The embedded engine's native protocol on a real socket, held to what SGLang 0.5.23 answered."""
 
 import asyncio
 import json
@@ -57,7 +57,13 @@ class Client:
         return await self.post("/generate", body)
 
     async def stream(self, params: dict[str, Any], **fields: Any) -> AsyncIterator[dict[str, Any]]:
-        body = {"input_ids": PROMPT, "sampling_params": params, "return_logprob": True, "stream": True, **fields}
+        body = {
+            "input_ids": PROMPT,
+            "sampling_params": params,
+            "return_logprob": True,
+            "stream": True,
+            **fields,
+        }
         async with self.session.post(self.url + "/generate", data=json.dumps(body)) as response:
             assert response.status == 200
             assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
@@ -77,7 +83,7 @@ async def client(engine: LocalEngine) -> AsyncIterator[Client]:
         yield Client(session, url)
 
 
-# -- the same answers for the same mistakes ----------------------------------------------------------------------
+# -- the same answers for the same mistakes
 
 
 def error(message: str) -> dict[str, Any]:
@@ -86,16 +92,17 @@ def error(message: str) -> dict[str, Any]:
 
 TOO_LONG = f"The input ({CONTEXT + 9} tokens) is longer than the model's context length ({CONTEXT} tokens)."
 OVER = (
-    f"Requested token count exceeds the model's maximum context length of {CONTEXT} tokens. You requested a total of "
-    f"{CONTEXT + 98} tokens: {CONTEXT - 2} tokens from the input messages and 100 tokens for the completion. Please "
-    "reduce the number of tokens in the input messages or the completion to fit within the limit."
+    f"Requested token count exceeds the model's maximum context length of {CONTEXT} tokens. "
+    f"You requested a total of {CONTEXT + 98} tokens: {CONTEXT - 2} tokens from the input messages and 100 tokens "
+    "for the completion. Please reduce the number of tokens in the input messages or the completion to fit "
+    "within the limit."
 )
 UNKNOWN = (
-    "unknown field `foo`, expected one of `max_new_tokens`, `stop`, `stop_token_ids`, `stop_regex`, `temperature`, "
-    "`top_p`, `top_k`, `min_p`, `frequency_penalty`, `presence_penalty`, `repetition_penalty`, `min_new_tokens`, `n`, "
-    "`json_schema`, `regex`, `ebnf`, `structural_tag`, `ignore_eos`, `skip_special_tokens`, "
-    "`spaces_between_special_tokens`, `no_stop_trim`, `stream_interval`, `logit_bias`, `sampling_seed`, "
-    "`custom_params`, `beam_width`, `watermark`, `choice`"
+    "unknown field `foo`, expected one of `max_new_tokens`, `stop`, `stop_token_ids`, `stop_regex`, "
+    "`temperature`, `top_p`, `top_k`, `min_p`, `frequency_penalty`, `presence_penalty`, `repetition_penalty`, "
+    "`min_new_tokens`, `n`, `json_schema`, `regex`, `ebnf`, `structural_tag`, `ignore_eos`, "
+    "`skip_special_tokens`, `spaces_between_special_tokens`, `no_stop_trim`, `stream_interval`, `logit_bias`, "
+    "`sampling_seed`, `custom_params`, `beam_width`, `watermark`, `choice`"
 )
 MIN_OVER_MAX = "min_new_tokens must be in [0, max_new_tokens(2)], got 9."
 REAL_ONE_DIES = f"outside the vocabulary (0 to {VOCAB - 1}). A real SGLang server dies of this."
@@ -125,6 +132,11 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     # Here a real server dies (id_*) or can do more.
     ("id_over", {"input_ids": [1, 2, 999999]}, error(f"input_ids[2] is 999999, {REAL_ONE_DIES}")),
     ("id_negative", {"input_ids": [1, -5]}, error(f"input_ids[1] is -5, {REAL_ONE_DIES}")),
+    (
+        "start_len",
+        {"logprob_start_len": 5},
+        error("logprob_start_len=5 is higher than the number of input tokens 4."),
+    ),
     (
         "n",
         {"sampling_params": {"n": 2}},
@@ -161,7 +173,10 @@ async def test_a_refusal_of_a_stream_is_an_event_after_200(client: Client):
     ("body", "detail"),
     [
         (b"{not json", "{'type': 'json_invalid', 'loc': ('body', "),
-        (b'{"input_ids": "abc"}', "{'type': 'value_error', 'loc': ('body', 'input_ids'), 'msg': 'Value error, must be"),
+        (
+            b'{"input_ids": "abc"}',
+            "{'type': 'value_error', 'loc': ('body', 'input_ids'), 'msg': 'Value error, must be",
+        ),
         (b'{"input_ids": [1, "a"]}', "{'type': 'value_error', 'loc': ('body', 'input_ids')"),
         (b'{"input_ids": [1], "stream": "maybe"}', "{'type': 'value_error', 'loc': ('body',)"),
         (b"[]", "{'type': 'dict_type'"),
@@ -198,12 +213,15 @@ async def test_duplicate_rid(client: Client):
     stream = client.stream(FOREVER, rid="dup")
     await anext(stream)
     body = {"input_ids": PROMPT, "rid": "dup", "sampling_params": {"max_new_tokens": 2}}
-    assert await client.request("POST", "/generate", body) == (400, error("Duplicate request ID detected: dup"))
+    assert await client.request("POST", "/generate", body) == (
+        400,
+        error("Duplicate request ID detected: dup"),
+    )
     await client.post("/abort_request", {"rid": "dup"})
     assert [event async for event in stream][-1]["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-# -- answers -----------------------------------------------------------------------------------------------------
+# -- answers
 
 
 async def test_the_fields_of_an_answer(client: Client):
@@ -295,9 +313,9 @@ async def test_incremental_streams_add_up(engine: LocalEngine):
         whole = await client.generate(params)
         events = [event async for event in client.stream(params)]
         assert len(events) > 1
-        assert sum((event["output_ids"] for event in events), []) == whole["output_ids"]
+        assert [token for event in events for token in event["output_ids"]] == whole["output_ids"]
         assert all(len(event["output_ids"]) >= 3 for event in events[:-1])
-        pairs = sum((event["meta_info"]["output_token_logprobs"] for event in events), [])
+        pairs = [pair for event in events for pair in event["meta_info"]["output_token_logprobs"]]
         assert [token for _, token, _ in pairs] == whole["output_ids"]
         assert events[-1]["meta_info"]["completion_tokens"] == 40
         _, info = await client.request("GET", "/get_server_info")
@@ -305,7 +323,9 @@ async def test_incremental_streams_add_up(engine: LocalEngine):
 
 
 async def test_sixteen_at_once(client: Client):
-    jobs = [client.generate({"max_new_tokens": 30 + i, "sampling_seed": i, "ignore_eos": True}) for i in range(16)]
+    jobs = [
+        client.generate({"max_new_tokens": 30 + i, "sampling_seed": i, "ignore_eos": True}) for i in range(16)
+    ]
     answers = await asyncio.gather(*jobs)
     assert [len(answer["output_ids"]) for answer in answers] == [30 + i for i in range(16)]
     alone = await client.generate({"max_new_tokens": 37, "sampling_seed": 7, "ignore_eos": True})
@@ -332,7 +352,7 @@ async def test_text_trims_the_stop_and_special_tokens(client: Client):
     assert whole["text"] == cut["text"] + "aab"
 
 
-# -- aborts and disconnects --------------------------------------------------------------------------------------
+# -- aborts and disconnects
 
 
 async def test_abort_mid_stream(client: Client):
@@ -363,7 +383,9 @@ async def test_abort_all_answers_200_to_those_who_wait(client: Client):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_goes_away_aborts_its_generation(client: Client, engine: LocalEngine, stream: bool):
+async def test_a_client_that_goes_away_aborts_its_generation(
+    client: Client, engine: LocalEngine, stream: bool
+):
     before = set(engine._in_flight)
     if stream:
         events = client.stream(FOREVER)
@@ -382,7 +404,7 @@ async def test_a_client_that_goes_away_aborts_its_generation(client: Client, eng
     await client.post("/flush_cache")
 
 
-# -- control routes ----------------------------------------------------------------------------------------------
+# -- control routes
 
 
 async def test_pause_flush_and_continue(client: Client):
@@ -473,7 +495,7 @@ async def test_run_engine_serves_until_it_is_told_to_stop(model_dir: Path):
             await session.get(url + "/health")
 
 
-# -- a fake engine behind the same server ------------------------------------------------------------------------
+# -- a fake engine behind the same server
 
 
 class FakeEngine:

@@ -219,9 +219,6 @@ DISAGREEMENTS = [
     (Fault("missing", field="output_ids"), "output_ids"),
     (Fault("missing", field="meta_info"), "meta_info"),
     (Fault("missing", field="meta_info.output_token_logprobs"), "output_token_logprobs"),
-    (Fault("missing", field="meta_info.prompt_tokens"), "prompt_tokens is None but 4"),
-    (Fault("missing", field="meta_info.completion_tokens"), "completion_tokens"),
-    (Fault("missing", field="meta_info.cached_tokens"), "cached_tokens is None"),
     (Fault("wrong_count"), "completion_tokens is 6, output_ids has 5"),
     (Fault("shifted_ids"), r"token \d is \d+ in output_ids, \d+ in output_token_logprobs"),
     (Fault("logprob", value=None), "log-probability of token 4 is null"),
@@ -248,10 +245,26 @@ async def test_disagreement(
         says = "completion_tokens is 6, output_ids has 1 after 4 seen"
     with pytest.raises(errors.EngineProtocolError, match=says) as raised:
         await run(engine, request(stream=stream))
-    in_every_event = fault.kind == "missing" and fault.field != "meta_info.cached_tokens"
-    late = 5 if fault.field == "meta_info.cached_tokens" else 4 if stream else 0
-    assert raised.value.num_tokens == (0 if in_every_event else late)
+    assert raised.value.num_tokens == (4 if stream and fault.kind != "missing" else 0)
     await run(engine, request(stream=stream, rid="after"))  # the negative control: the same without the fault
+
+
+@both_ways
+@both_streams
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens", "cached_tokens"])
+async def test_counts_that_no_tape_depends_on_may_be_missing(
+    fake: FakeSGLang, engine: SGLangEngine, stream: bool, incremental: bool, field: str
+) -> None:
+    fake.incremental = incremental
+    fake.responder = lambda _: Reply(IDS)
+    fake.script(Fault("missing", field=f"meta_info.{field}"))
+    if stream and field == "completion_tokens":  # it tells cumulative events from incremental ones
+        with pytest.raises(errors.EngineProtocolError, match="completion_tokens is missing"):
+            await run(engine, request(stream=stream))
+        return
+    _, result = await run(engine, request(stream=stream))
+    assert result.completion_ids == IDS
+    assert (result.num_cached_tokens is None) == (field == "cached_tokens")
 
 
 @both_ways

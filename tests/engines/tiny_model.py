@@ -1,4 +1,4 @@
-"""A random Qwen3 of a few thousand parameters with a byte-level tokenizer, made in a directory; no network."""
+"""A random Qwen3 of a few thousand parameters with a byte-level tokenizer, saved to a directory."""
 
 from pathlib import Path
 

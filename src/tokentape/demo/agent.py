@@ -1,4 +1,4 @@
-"""The demo's agent: an ordinary tool loop on the official openai SDK. It knows nothing of tokens or training."""
+"""The demo's agent: an ordinary tool loop on the openai SDK. It knows nothing of tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,9 @@ async def solve(client: AsyncOpenAI, question: Question, *, seed: int) -> Episod
             return Episode(message.content, turn + 1)
         for call in message.tool_calls:
             assert call.type == "function"  # noqa: S101  # narrows the SDK's union: no other tool was offered
-            messages.append({"role": "tool", "tool_call_id": call.id, "content": _answer(call.function.arguments)})
+            messages.append(
+                {"role": "tool", "tool_call_id": call.id, "content": _answer(call.function.arguments)}
+            )
     return Episode(None, MAX_TURNS)
 
 

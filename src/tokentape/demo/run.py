@@ -1,4 +1,4 @@
-"""The demo: engine and gateway as the processes that a user starts, agents over HTTP, then a look at the tapes."""
+"""The demo: engine and gateway as a user starts them, agents over HTTP, then a look at the tapes."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the exported tapes show. `num_drifted` turns would not have survived decoding and encoding again."""
+    """What the tapes show. `num_drifted` turns would not have survived decoding and encoding."""
 
     num_samples: int
     num_turns: int
@@ -51,10 +51,7 @@ async def run_demo(*, episodes: int, concurrency: int, out: Path, seed: int) -> 
         ConfigError: engine or gateway do not start.
     """
     console = Console()
-    store, rollouts = out / "store.sqlite", out / "rollouts.parquet"
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in (rollouts, *out.glob("store.sqlite*")):  # each run starts a store of its own
-        stale.unlink(missing_ok=True)
+    store, rollouts = _fresh(out)
     rng = random.Random(seed)  # noqa: S311  # questions, not secrets
     questions = [make_question(rng) for _ in range(episodes)]
     async with contextlib.AsyncExitStack() as stack:
@@ -62,16 +59,37 @@ async def run_demo(*, episodes: int, concurrency: int, out: Path, seed: int) -> 
             engine = await stack.enter_async_context(_process("engine", "--port", "0"))
             gateway = await stack.enter_async_context(
                 _process(
-                    "serve", "--model", str(TINY_MODEL), "--engine", engine, "--port", "0", "--store", str(store)
+                    "serve",
+                    "--model",
+                    str(TINY_MODEL),
+                    "--engine",
+                    engine,
+                    "--port",
+                    "0",
+                    "--store",
+                    str(store),
                 )
             )
         console.print(f"engine   {engine}\ngateway  {gateway}")
         failures = await _rollouts(console, gateway, questions, concurrency, seed)
     await _export(store, rollouts)
-    findings = await asyncio.to_thread(_inspect, rollouts)
-    _print_summary(console, findings, episodes, failures, rollouts)
-    _print_tape(console, rollouts)
+    rows: list[dict[str, Any]] = pq.read_table(rollouts).to_pylist()  # pyright: ignore[reportUnknownMemberType]
+    with console.status("recomputing every log-probability from the file"):
+        findings = await asyncio.to_thread(_inspect, rows)
+    _print_summary(console, findings, episodes, failures)
+    console.print(f"tapes    {rollouts}")
+    if rows:
+        _print_tape(console, rows)
     return findings.max_difference <= TOLERANCE
+
+
+def _fresh(out: Path) -> tuple[Path, Path]:
+    """The paths of store and rollouts, with nothing of an earlier run at them."""
+    out.mkdir(parents=True, exist_ok=True)
+    store, rollouts = out / "store.sqlite", out / "rollouts.parquet"
+    for stale in (rollouts, *out.glob("store.sqlite*")):
+        stale.unlink(missing_ok=True)
+    return store, rollouts
 
 
 @contextlib.asynccontextmanager
@@ -98,7 +116,13 @@ async def _rollouts(
     """Run all episodes, `concurrency` at a time; returns failed ones by error."""
     failures: Counter[str] = Counter()
     slots = asyncio.Semaphore(concurrency)
-    columns = (TextColumn("episodes"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn("episodes"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(questions))
         earned: list[float] = []
@@ -106,7 +130,9 @@ async def _rollouts(
         async def run(http: aiohttp.ClientSession, index: int, question: Question) -> None:
             async with slots:
                 try:
-                    earned.append(await _episode(http, gateway, question, seed=1000 * (seed * len(questions) + index)))
+                    earned.append(
+                        await _episode(http, gateway, question, seed=1000 * (seed * len(questions) + index))
+                    )
                 except APIError as error:  # a bad rollout is data: it is counted, the others go on
                     failures[type(error).__name__] += 1
                 mean = sum(earned) / len(earned) if earned else 0.0
@@ -126,23 +152,31 @@ async def _episode(http: aiohttp.ClientSession, gateway: str, question: Question
     async with AsyncOpenAI(base_url=session["base_url"], api_key="not-needed") as client:
         episode = await solve(client, question, seed=seed)
     earned = reward(question, episode.answer)
-    async with http.post(f"{gateway}/sessions/{session['session_id']}/finish", json={"reward": earned}) as response:
+    async with http.post(
+        f"{gateway}/sessions/{session['session_id']}/finish", json={"reward": earned}
+    ) as response:
         await response.read()
     return earned
 
 
 async def _export(store: Path, rollouts: Path) -> None:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tokentape", "export", "--store", str(store), "--out", str(rollouts),
+        sys.executable,
+        "-m",
+        "tokentape",
+        "export",
+        "--store",
+        str(store),
+        "--out",
+        str(rollouts),
         stdout=asyncio.subprocess.DEVNULL,
     )
     if await process.wait():
         raise ConfigError("`tokentape export` failed; its message is above")
 
 
-def _inspect(rollouts: Path) -> Findings:
-    """Read the file as a trainer would, and recompute every trained token's log-probability from the tape alone."""
-    rows = pq.read_table(rollouts).to_pylist()
+def _inspect(rows: Sequence[dict[str, Any]]) -> Findings:
+    """Read the file as a trainer would; recompute every trained token's log-probability."""
     forward = Forward(TINY_MODEL)
     tokenizer = Tokenizer(TINY_MODEL / "tokenizer.json")
     worst, drifted = 0.0, 0
@@ -168,9 +202,7 @@ def _inspect(rollouts: Path) -> Findings:
     )
 
 
-def _print_summary(
-    console: Console, findings: Findings, episodes: int, failures: Counter[str], rollouts: Path
-) -> None:
+def _print_summary(console: Console, findings: Findings, episodes: int, failures: Counter[str]) -> None:
     table = Table(title="What was recorded", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -186,7 +218,11 @@ def _print_summary(
         ("trained tokens", f"{findings.num_trained:,}", "sampled by the policy: loss mask 1"),
         ("mean reward", f"{sum(rewards) / max(len(rewards), 1):.2f}", "share of right answers"),
         ("parsed", statuses, "tool calls and text"),
-        ("would have drifted", f"{findings.num_drifted} ({share:.0f} %)", "turns whose text encodes to other ids"),
+        (
+            "would have drifted",
+            f"{findings.num_drifted} ({share:.0f} %)",
+            "turns whose text encodes to other ids",
+        ),
         (
             "largest difference",
             f"{findings.max_difference:.1e}",
@@ -196,12 +232,10 @@ def _print_summary(
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"tapes    {rollouts}")
 
 
-def _print_tape(console: Console, rollouts: Path) -> None:
+def _print_tape(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     """One tape in colour, the one with the most turns."""
-    rows: list[dict[str, Any]] = pq.read_table(rollouts).to_pylist()
     row = max(rows, key=lambda r: (len(r["turns"]), r["reward"] or 0.0))
     tokenizer = Tokenizer(TINY_MODEL / "tokenizer.json")
     text = Text()
@@ -214,8 +248,13 @@ def _print_tape(console: Console, rollouts: Path) -> None:
     console.print()
     console.print(
         Text.assemble(
-            "One tape: ", ("prompt", "cyan"), ", ", ("sampled (trained)", "black on green"), ", ",
-            ("glue and tool results (never trained)", "yellow"), f", reward {row['reward']}",
+            "One tape: ",
+            ("prompt", "cyan"),
+            ", ",
+            ("sampled (trained)", "black on green"),
+            ", ",
+            ("glue and tool results (never trained)", "yellow"),
+            f", reward {row['reward']}",
         )
     )
     console.print(text, highlight=False)

@@ -13,8 +13,9 @@ FinishReason = Literal["stop", "length"]
 class GenerateRequest:
     """One generation.
 
-    `rid` names it for an abort and must be unique while it runs. `sampling.max_tokens` must be set: engines have
-    surprising defaults (SGLang's is 128). With `stream` the tokens are yielded as they are sampled, else at once.
+    `rid` names it for an abort and must be unique while it runs. `sampling.max_tokens` must be set: engines
+    have surprising defaults (SGLang's is 128). With `stream` the tokens are yielded as they are sampled, else
+    at once.
     """
 
     rid: str
@@ -35,8 +36,9 @@ class TokenChunk:
 class GenerateResult:
     """The end of one generation: what has been checked about it. The tokens came in the chunks before.
 
-    `completion_ids` int[C], `logprobs` float[C] nats, every one finite; `versions` cover 0:C without gap or overlap.
-    `matched` is what stopped it: an id (that is the last of `completion_ids`), a string, or None.
+    `completion_ids` int[C], `logprobs` float[C] nats, every one finite; `versions` cover 0:C without gap or
+    overlap. `matched` is what stopped it: an id (that is the last of `completion_ids`), a string, or None.
+    `num_cached_tokens` of the prompt came from the prefix cache, None where the engine does not say.
     """
 
     completion_ids: list[int]
@@ -44,7 +46,7 @@ class GenerateResult:
     finish_reason: FinishReason
     matched: int | str | None
     versions: tuple[VersionSpan, ...]
-    num_cached_tokens: int
+    num_cached_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +59,22 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """Maps prompt ids to sampled ids. Every failure is one `errors.EngineError` or `errors.ContextOverflow`."""
+    """Maps prompt ids to sampled ids.
+
+    Every failure is one `errors.EngineError` or `errors.ContextOverflow`; a request that must not be sent at
+    all is an `errors.RequestError` (the caller's sampling) or `errors.InternalError` (the prompt is ours).
+    """
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult, None]:
         """Yield zero or more `TokenChunk`, then exactly one `GenerateResult`.
 
-        The chunks' tokens, concatenated, are the result's. Closing the iterator early, or cancelling the task that
-        reads it, aborts the generation on the engine.
+        The chunks' tokens, concatenated, are the result's. Closing the iterator early, or cancelling the task
+        that reads it, aborts the generation on the engine: read it inside `contextlib.aclosing`.
         """
         ...
 
     async def info(self) -> EngineInfo:
-        """Ask the engine who it is; raises `EngineUnavailable` when it is down."""
+        """Ask the engine who it is; raises an `EngineError` when it does not answer."""
         ...
 
     async def aclose(self) -> None:

@@ -77,7 +77,7 @@ class LocalEngine:
         # Guarded by `_changed`: what other threads write. The rest belongs to the engine's thread.
         self._changed = threading.Condition()
         self._waiting: deque[Row] = deque()
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[tuple[Future[Any], Callable[[], None]]] = deque()
         self._in_flight: dict[str, Generation] = {}
         self._closed = False
         self._paused = False
@@ -125,7 +125,7 @@ class LocalEngine:
             self._changed.notify()
 
     def pause(self, mode: str) -> "Future[None]":
-        """Stop stepping: `abort` ends all, `in_place` freezes it, `retract` forgets its keys and values too."""
+        """Stop stepping: `abort` ends all, `in_place` freezes it, `retract` forgets its keys too."""
 
         def pause() -> None:
             self._paused = True
@@ -199,7 +199,7 @@ class LocalEngine:
         with self._changed:
             if not self.healthy:
                 raise EngineUnavailable("the embedded engine is closed")
-            self._inbox.append(run)
+            self._inbox.append((future, run))
             self._changed.notify()
         return future
 
@@ -208,22 +208,42 @@ class LocalEngine:
     def _run(self) -> None:
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
-        with torch.inference_mode():
-            while True:
-                with self._changed:
-                    self._changed.wait_for(self._has_work)
-                    jobs = [self._inbox.popleft() for _ in range(len(self._inbox))]
-                    closing = self._closed
-                for job in jobs:
-                    job()
-                if closing:
-                    self.abort("", everything=True)
-                self._reap()
-                if closing:
-                    return
-                if not self._paused:
-                    self._admit()
-                    self._step()
+        try:
+            with torch.inference_mode():
+                while self._turn():
+                    pass
+        finally:
+            self._abandon()
+
+    def _turn(self) -> bool:
+        """Everything between two steps, then one step; False when the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            jobs = [self._inbox.popleft()[1] for _ in range(len(self._inbox))]
+            closing = self._closed
+        for job in jobs:
+            job()
+        if closing:
+            self.abort("", everything=True)
+        self._reap()
+        if not self._paused and not closing:
+            self._admit()
+            self._step()
+        return not closing
+
+    def _abandon(self) -> None:
+        """Let nobody wait for a thread that has ended; there is somebody only after a fault of our own."""
+        lost = EngineUnavailable("the embedded engine has stopped")
+        with self._changed:
+            self._closed = True
+            generations = list(self._in_flight.values())
+            futures = [future for future, _ in self._inbox]
+            self._in_flight.clear()
+        for future in futures:
+            future.set_exception(lost)
+        for generation in generations:
+            generation.finish(failure(lost), self.weight_version)
+            generation.on_progress()
 
     def _has_work(self) -> bool:
         if self._inbox or self._closed or any(g.cancelled for g in self._in_flight.values()):

@@ -1,8 +1,8 @@
 """SGLang's native generation request as the embedded engine takes it: decoded, checked, then a `Generation`.
 
-No torch and no web framework. Refusals have the words of SGLang 0.5.23 (recorded from a real server), so that a
-client meets the same mistakes here. Where a real server would die (an id outside the vocabulary), or can do more
-than this one, the refusal says so.
+No torch and no web framework. Refusals have the words of SGLang 0.5.23 (recorded from a real server), so that
+a client meets the same mistakes here. Where a real server would die (an id outside the vocabulary), or can do
+more than this one, the refusal says so.
 """
 
 import math
@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
 
@@ -182,7 +182,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     stream: bool = False
     return_logprob: bool = False
     logprob_start_len: int = -1
-    top_logprobs_num: int = 0
+    top_logprobs_num: Annotated[int, msgspec.Meta(ge=0)] = 0
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
 
@@ -326,8 +326,11 @@ def parse_input_ids(value: object) -> list[int] | None:
         ) from error
 
 
-def check_prompt(ids: list[int], params: SamplingParams, *, vocab_size: int, context_length: int) -> None:
+def check_prompt(ids: list[int], max_new_tokens: int | None, *, vocab_size: int, context_length: int) -> None:
     """Raise `RequestError` or `ContextOverflow` for a prompt that cannot be run.
+
+    `max_new_tokens` is what the caller asked for. None (not asked: the default of 128 holds) never overflows;
+    the engine stops at the end of the context then.
 
     An input of exactly `context_length` tokens is refused as well, as SGLang does: nothing could follow it.
     """
@@ -347,11 +350,11 @@ def check_prompt(ids: list[int], params: SamplingParams, *, vocab_size: int, con
             num_prompt_tokens=len(ids),
             context_length=context_length,
         )
-    if params.max_new_tokens is not None and len(ids) + params.max_new_tokens > context_length:
+    if max_new_tokens is not None and len(ids) + max_new_tokens > context_length:
         raise ContextOverflow(
             f"Requested token count exceeds the model's maximum context length of {context_length} tokens. "
-            f"You requested a total of {len(ids) + params.max_new_tokens} tokens: {len(ids)} tokens from the "
-            f"input messages and {params.max_new_tokens} tokens for the completion. Please reduce the number "
+            f"You requested a total of {len(ids) + max_new_tokens} tokens: {len(ids)} tokens from the "
+            f"input messages and {max_new_tokens} tokens for the completion. Please reduce the number "
             "of tokens in the input messages or the completion to fit within the limit.",
             num_prompt_tokens=len(ids),
             context_length=context_length,

@@ -32,7 +32,8 @@ class RowSampler:
         self.num_sampled = 0
         seed = secrets.randbits(63) if params.sampling_seed is None else params.sampling_seed
         self._seed = f"{seed}:".encode()
-        self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        known = [token for token in stop_ids if 0 <= token < vocab_size]
+        self._stop_ids = torch.tensor(known, dtype=torch.long, device=device)
         self._bias: Tensor | None = None
         if params.logit_bias:
             self._bias = torch.zeros(vocab_size, device=device)

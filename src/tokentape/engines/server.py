@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,9 @@ from aiohttp import web
 from tokentape.engines.answer import Answer
 from tokentape.engines.native import (
     BadBodyError,
+    GenerateBody,
     Generation,
+    SamplingParams,
     UnknownParamError,
     check_prompt,
     decode_body,
@@ -218,11 +220,11 @@ class _Routes:
 
         def on_progress() -> None:
             # The loop may have closed while a step was under way: nobody is left to be told.
-            if not loop.is_closed():
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(progress.set)
 
         try:
-            ids, params = self._checked(body, ids)
+            ids, params = self._checked(body, fields, ids)
             generation = Generation(ids, params, fields, on_progress=on_progress)
             self._engine.submit(generation)
         except (UnknownParamError, BadBodyError):
@@ -246,9 +248,12 @@ class _Routes:
             if generation.finish_reason is None:
                 self._engine.cancel(generation)
 
-    def _checked(self, body: dict[str, Any], ids: list[int] | None) -> tuple[list[int], Any]:
+    def _checked(
+        self, body: dict[str, Any], fields: GenerateBody, ids: list[int] | None
+    ) -> tuple[list[int], SamplingParams]:
         facts = self._engine.facts
-        params = parse_params(body.get("sampling_params"), facts.vocab_size)
+        raw = body.get("sampling_params")
+        params = parse_params(raw, facts.vocab_size)
         if ids is None:
             text = body.get("text")
             if text is None:
@@ -256,7 +261,12 @@ class _Routes:
             if not isinstance(text, str):
                 raise RequestError("The embedded engine takes one prompt per request: text must be a string.")
             ids = self._engine.encode(text)
-        check_prompt(ids, params, vocab_size=facts.vocab_size, context_length=facts.context_length)
+        asked = params.max_new_tokens if raw and "max_new_tokens" in raw else None
+        check_prompt(ids, asked, vocab_size=facts.vocab_size, context_length=facts.context_length)
+        if fields.logprob_start_len > len(ids):
+            raise RequestError(
+                f"logprob_start_len={fields.logprob_start_len} is higher than the number of input tokens {len(ids)}."
+            )
         return ids, params
 
     async def _stream(

@@ -124,7 +124,6 @@ class SGLangEngine:
                 await patience.wait(response.content.read(), completion.num_tokens)
             elif (chunk := completion.feed(await patience.wait(response.read(), 0))) is not None:
                 yield chunk
-            yield completion.result()
         except aiohttp.ClientConnectorError as error:
             completion.settled = True  # nothing was sent
             raise errors.EngineUnavailable(f"no connection to {self._url}: {error}") from error
@@ -143,6 +142,7 @@ class SGLangEngine:
             self._running.discard(rid)
             if not completion.settled and not self._closed:
                 self._abort_soon(rid)
+        yield completion.result()  # out here, so that a consumer who is busy with it holds no connection
 
     async def info(self) -> EngineInfo:
         """Ask the engine who it is; None for what it does not say.

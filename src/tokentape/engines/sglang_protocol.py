@@ -226,7 +226,7 @@ class Completion:
         if not self.ids:
             self._disagree(f"finish_reason is {finish.type!r} but no token was sampled")
         num_cached, num_prompt = meta.cached_tokens, len(self._request.prompt)
-        if num_cached is None or not 0 <= num_cached <= num_prompt:
+        if num_cached is not None and not 0 <= num_cached <= num_prompt:
             self._disagree(f"cached_tokens is {num_cached} for a prompt of {num_prompt} tokens")
         reason = self._check_finish(finish)
         return GenerateResult(self.ids, self.logprobs, reason, finish.matched, self._spans(), num_cached)
@@ -236,8 +236,10 @@ class Completion:
         if ids is None:
             self._disagree("output_ids is missing")
         if num_total is None:
-            self._disagree("completion_tokens is missing")
-        if meta.prompt_tokens != num_prompt:
+            if self._request.stream:  # it is what tells a cumulative event from an incremental one
+                self._disagree("completion_tokens is missing")
+            num_total = len(ids)
+        if meta.prompt_tokens is not None and meta.prompt_tokens != num_prompt:
             self._disagree(f"prompt_tokens is {meta.prompt_tokens} but {num_prompt} ids were sent")
         if num_total > (max_tokens := self._request.sampling.max_tokens or 0):
             self._disagree(f"{num_total} tokens were sampled, {max_tokens} were asked for")

@@ -60,12 +60,12 @@ class Stepper:
         """Prepare a generation; nothing runs yet."""
         params, loaded = generation.params, self._loaded
         stop_ids = loaded.stop_ids | frozenset(params.stop_token_ids)
-        most = params.max_new_tokens
+        room = loaded.context_length - len(generation.prompt_ids)
         return Row(
             generation,
             RowSampler(params, stop_ids, vocab_size=loaded.vocab_size, device=loaded.device),
             frozenset[int]() if params.ignore_eos else stop_ids,
-            loaded.context_length - len(generation.prompt_ids) if most is None else most,
+            room if params.max_new_tokens is None else min(params.max_new_tokens, room),
             # A stop string of n bytes is spelled by n tokens at most; the margin is for a character cut at
             # the edge.
             tail_tokens=max((len(s.encode()) for s in params.stop_strings), default=0) + 4,
@@ -93,7 +93,10 @@ class Stepper:
         return reason
 
     def step(self) -> list[tuple[Row, dict[str, Any]]]:
-        """One token for every running row; those that ended, with the reason. `running` survives an exception."""
+        """One token for every running row; those that ended, with the reason.
+
+        An exception leaves `running` as it was.
+        """
         logits = self._batch.forward(self._model, [row.generation.completion_ids[-1] for row in self.running])
         reasons = self._commit(self.running, sample(logits, [row.sampler for row in self.running]))
         # From the last to the first: `drop` moves the last row into the gap.

@@ -157,7 +157,9 @@ def _credential(request: web.Request) -> str | None:
 def _check_key(request: web.Request, api_key: str) -> None:
     given = _credential(request) or ""
     if not hmac.compare_digest(given.encode(), api_key.encode()):
-        raise Unauthorized("a valid API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`")
+        raise Unauthorized(
+            "a valid API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`"
+        )
 
 
 _T = TypeVar("_T")
@@ -207,7 +209,10 @@ class _Routes:
         records = await self._sessions.list_sessions(
             state=request.query.get("state"), after=request.query.get("after", ""), limit=limit
         )
-        rows = [{k: getattr(r, k) for k in ("session_id", "state", "created_at", "reward", "metadata")} for r in records]
+        rows = [
+            {k: getattr(r, k) for k in ("session_id", "state", "created_at", "reward", "metadata")}
+            for r in records
+        ]
         return _json({"sessions": rows, "has_more": len(rows) == limit})
 
     async def show(self, request: web.Request) -> web.Response:
@@ -218,7 +223,9 @@ class _Routes:
         session = await self._sessions.get(request.match_info["session_id"])
         batch = samples(session.record, session.tree.tapes())
         if ARROW_STREAM in request.headers.get("Accept", ""):
-            return web.Response(body=await asyncio.to_thread(to_arrow_stream, batch), content_type=ARROW_STREAM)
+            return web.Response(
+                body=await asyncio.to_thread(to_arrow_stream, batch), content_type=ARROW_STREAM
+            )
         rows = await asyncio.to_thread(to_json_rows, batch)
         return web.Response(body=b'{"samples":' + rows + b"}", content_type="application/json")
 
@@ -270,7 +277,11 @@ class _Routes:
     ) -> web.StreamResponse:
         """Headers leave with the first token: what fails before it still gets its own status."""
         response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            }
         )
         writer = wire.ChunkWriter(call, self._gateway.tokenizer)
 
@@ -305,8 +316,8 @@ class _Routes:
             session_id = _credential(request)
         if not session_id:
             raise NotFound(
-                "no session: use the base_url that POST /sessions answers, or send its id as X-Session-Id header "
-                "or API key"
+                "no session: use the base_url that POST /sessions answers, or send its id as "
+                "X-Session-Id header or API key"
             )
         return await self._sessions.get(session_id)
 

@@ -1,7 +1,7 @@
 """OpenAI Chat Completions ↔ turns: one request in, one completion or a stream of chunks out.
 
-Every request field is in one of three lists: honoured, refused with a 400 that names it, or ignored and recorded
-with the turn (refused too under `--strict`). Nothing is dropped in silence.
+Every request field is in one of three lists: honoured, refused with a 400 that names it, or ignored and
+recorded with the turn (refused too under `--strict`). Nothing is dropped in silence.
 """
 
 import time
@@ -209,8 +209,8 @@ def _parse_calls(choice: Any, has_tools: bool) -> bool:
     if choice == "none":
         return False
     raise RequestError(
-        "`tool_choice` can be \"auto\" or \"none\" here: a call cannot be forced without changing the distribution "
-        "that is sampled from",
+        '`tool_choice` can be "auto" or "none" here: forcing a call would change the distribution that is '
+        "sampled from",
         param="tool_choice",
     )
 
@@ -229,7 +229,7 @@ def _messages(raws: list[Raw] | None, session: Session) -> list[Known]:
         call_ids.update(call.id for call in message.tool_calls)
         if message.role == "tool" and message.tool_call_id not in call_ids:
             raise RequestError(
-                f"messages[{index}]: tool_call_id {message.tool_call_id!r} is not the id of a tool call before it",
+                f"messages[{index}]: tool_call_id {message.tool_call_id!r} is no tool call's id before it",
                 param=f"messages[{index}].tool_call_id",
             )
         known.append(item)
@@ -267,7 +267,8 @@ def _message(raw: Raw, where: str) -> Message:
 def _call(call: _WireCall, where: str) -> ToolCall:
     if call.function is None:
         raise RequestError(
-            f"{where}.tool_calls: type {call.type!r} is not supported, only functions", param=f"{where}.tool_calls"
+            f"{where}.tool_calls: type {call.type!r} is not supported, only functions",
+            param=f"{where}.tool_calls",
         )
     arguments = call.function.arguments
     text = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
@@ -283,7 +284,7 @@ def _text(content: str | list[_Part] | None, where: str) -> str | None:
         text = part.text if part.type == "text" else part.refusal if part.type == "refusal" else None
         if text is None:
             raise RequestError(
-                f"{where}.content[{index}]: a part of type {part.type!r} is not supported: this gateway takes text only",
+                f"{where}.content[{index}]: parts of type {part.type!r} are not supported, only text",
                 param=f"{where}.content[{index}].type",
             )
         texts.append(text)
@@ -323,7 +324,7 @@ def completion(call: ChatCall, done: Done, tokenizer: Tokenizer, session_id: str
 
 
 class ChunkWriter:
-    """The events of a streamed reply: `chunks` for progress, `last` after the commit, `error` instead of it."""
+    """The events of a streamed reply: `chunks` for progress, `last` after the commit, or `error`."""
 
     def __init__(self, call: ChatCall, tokenizer: Tokenizer) -> None:
         self._call = call
@@ -347,13 +348,16 @@ class ChunkWriter:
             self._started = True
             deltas[0] = {"role": "assistant", "content": None, **deltas[0]}
         return b"".join(
-            self._event(delta, logprobs=logprobs if index == 0 else None) for index, delta in enumerate(deltas)
+            self._event(delta, logprobs=logprobs if index == 0 else None)
+            for index, delta in enumerate(deltas)
         )
 
     def last(self, done: Done, session_id: str) -> bytes:
         """The end of the stream; only for a committed turn."""
         delta = {} if self._started else {"role": "assistant", "content": None}
-        end = self._event(delta, finish_reason=_finish_reason(done), tokentape=extension(self._call, done, session_id))
+        end = self._event(
+            delta, finish_reason=_finish_reason(done), tokentape=extension(self._call, done, session_id)
+        )
         if self._call.include_usage:
             end += _sse({**self._base, "choices": [], "usage": _usage(done)})
         return end + b"data: [DONE]\n\n"
@@ -409,12 +413,14 @@ def _finish_reason(done: Done) -> str:
 
 def _usage(done: Done) -> Json:
     usage = done.usage
-    return {
+    out: Json = {
         "prompt_tokens": usage.num_prompt,
         "completion_tokens": usage.num_completion,
         "total_tokens": usage.num_prompt + usage.num_completion,
-        "prompt_tokens_details": {"cached_tokens": usage.num_cached},
     }
+    if usage.num_cached is not None:
+        out["prompt_tokens_details"] = {"cached_tokens": usage.num_cached}
+    return out
 
 
 def _delta(event: ParseEvent) -> Json:

@@ -34,8 +34,8 @@ SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:@-]{0,127}")
 class Session:
     """One episode. Turns may run side by side; commits happen one at a time, under `commit_lock`.
 
-    `known` and `frames` remember what replayed bytes decode to, so that an unchanged message of the history costs one
-    hash and one look-up.
+    `known` and `frames` remember what replayed bytes decode to, so that an unchanged message of the history
+    costs one hash and one look-up.
     """
 
     record: SessionRecord
@@ -107,7 +107,7 @@ class Session:
 
 
 class Sessions:
-    """All sessions of a gateway; those that are not in memory are read from the store when they are asked for."""
+    """All sessions of a gateway; those that are not in memory are read from the store on demand."""
 
     def __init__(
         self, store: Store, content_tests: tuple[str, ...], metrics: Metrics, *, auto_sessions: bool = False
@@ -142,7 +142,13 @@ class Sessions:
                 param="session_id",
             )
         record = SessionRecord(
-            session_id, "open", time.time(), dict(metadata or {}), sampling or Sampling(), max_turns, max_tokens
+            session_id,
+            "open",
+            time.time(),
+            dict(metadata or {}),
+            sampling or Sampling(),
+            max_turns,
+            max_tokens,
         )
         async with self._lock:
             if await self._find(session_id) is not None:
@@ -180,7 +186,9 @@ class Sessions:
             record = session.record
             if record.state == "finished":
                 if reward is not None and reward != record.reward:
-                    raise SessionClosed(f"session {session.session_id!r} is finished with reward {record.reward}")
+                    raise SessionClosed(
+                        f"session {session.session_id!r} is finished with reward {record.reward}"
+                    )
                 return
             done = replace(record, state="finished", reward=reward, metadata={**record.metadata, **metadata})
             await self._store.put_session(done)
@@ -210,6 +218,8 @@ class Sessions:
         """Count a turn that was not committed, and keep what it was."""
         self._metrics.failures.labels(error.kind).inc()
         session.failures[error.kind] += 1
+        if session.record.state == "deleted":  # a later session of the same id must not inherit it
+            return
         await self._store.put_failure(
             session.session_id, Failure(error.kind, str(error), num_tokens, time.time())
         )
@@ -228,7 +238,7 @@ class Sessions:
 
 
 def restore(stored: StoredSession, content_tests: tuple[str, ...] = ()) -> Session:
-    """A session as it was before a restart: its tree is built again from its turns, in the order of their commits."""
+    """A session as it was before a restart: its turns committed again, in their order."""
     session = Session(stored.record, Tree(content_tests), Counter(f.kind for f in stored.failures))
     for turn in stored.turns:
         session.commit(turn)

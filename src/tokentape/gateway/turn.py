@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 class TurnRequest:
     """What a wire asks for. `messages` are the whole conversation; `frame_key` is the identity of `frame`.
 
-    `turn_id` names the turn if it is committed. `ignored` are the names of fields that had no effect. `parse_calls` is False where the caller wants no tool calls.
+    `turn_id` names the turn if it is committed. `ignored` are the names of fields that had no effect.
+    `parse_calls` is False where the caller wants no tool calls.
     """
 
     turn_id: str
@@ -73,8 +74,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A turn before it is sampled. `parent` is None where the prompt had to be rendered whole; `reason` then says why
-    if the template is to blame. `new` are the messages that `rendered` renders, `keys` theirs."""
+    """A turn before it is sampled.
+
+    `parent` is None where the prompt had to be rendered whole; `reason` then says why if the template is to
+    blame. `new` are the messages that `rendered` renders, `keys` theirs.
+    """
 
     parent: Turn | None
     reason: str | None
@@ -109,8 +113,9 @@ class _Reader:
 class Turns:
     """Runs turns of any session against one engine.
 
-    `context_length` in tokens bounds prompt plus completion; None: only the engine knows it. `default_max_tokens`
-    holds where neither the request, the session, nor the context says how much to sample.
+    `context_length` in tokens bounds prompt plus completion; None: only the engine knows it.
+    `default_max_tokens` holds where neither the request, the session, nor the context says how much to
+    sample.
     """
 
     def __init__(
@@ -143,12 +148,13 @@ class Turns:
     ) -> Done:
         """Sample one turn and commit it. With `emit`, progress is handed over as it comes.
 
-        A cancelled caller, or an `emit` that raises `ClientGone`, aborts the generation; nothing is committed then.
+        A cancelled caller, or an `emit` that raises `ClientGone`, aborts the generation; nothing is committed
+        then.
 
         Raises:
             RequestError: the request cannot be served; the session is unchanged.
-            EngineError, StoreError, ClientGone: the turn failed; the session has a failure more and is otherwise
-                unchanged.
+            EngineError, StoreError, ClientGone: the turn failed; the session has one failure more and is
+                otherwise unchanged.
         """
         session.check_open()
         started = time.monotonic()
@@ -189,10 +195,15 @@ class Turns:
         if parent is not None:
             new = _with_recorded_ids(new, keys[attachment.num_matched :], parent)
             rendered = self._renderer.extend(
-                request.frame, attachment.before, Ended(parent.reply, parent.stop_id, parent.in_reasoning), new
+                request.frame,
+                attachment.before,
+                Ended(parent.reply, parent.stop_id, parent.in_reasoning),
+                new,
             )
             if isinstance(rendered, NotExtendable):
-                log.info("session %s: new branch: %s (%s)", session.session_id, rendered.reason, rendered.detail)
+                log.info(
+                    "session %s: new branch: %s (%s)", session.session_id, rendered.reason, rendered.detail
+                )
                 reason = rendered.reason.value
                 new, parent = (*_recorded(attachment), *new), None
                 rendered = self._renderer.render(request.frame, new)
@@ -204,21 +215,29 @@ class Turns:
         new_keys = keys[attachment.num_matched :] if parent is not None else keys
         return _Plan(parent, reason, new, new_keys, rendered, prompt, sampling)
 
-    def _sampling(self, session: Sampling, request: Sampling, num_prompt: int, budget: int | None) -> Sampling:
+    def _sampling(
+        self, session: Sampling, request: Sampling, num_prompt: int, budget: int | None
+    ) -> Sampling:
         """The request's sampling over the session's, with a definite number of tokens to sample.
 
         Raises:
             ContextOverflow: the prompt, or prompt + `max_tokens`, does not fit.
         """
         merged = msgspec.structs.replace(
-            session, **{f: getattr(request, f) for f in Sampling.__struct_fields__ if getattr(request, f) not in (None, ())}
+            session,
+            **{
+                f: getattr(request, f)
+                for f in Sampling.__struct_fields__
+                if getattr(request, f) not in (None, ())
+            },
         )
         room = None if self.context_length is None else self.context_length - num_prompt
         if room is not None and room < (merged.max_tokens or 1):
             asked = f" and {merged.max_tokens} in the completion" if merged.max_tokens else ""
             raise ContextOverflow(
-                f"This model's maximum context length is {self.context_length} tokens. However, your request has "
-                f"{num_prompt} tokens in the messages{asked}. Please reduce the length of the messages or completion.",
+                f"This model's maximum context length is {self.context_length} tokens. However, your request "
+                f"has {num_prompt} tokens in the messages{asked}. Please reduce the length of the messages "
+                "or completion.",
                 num_prompt_tokens=num_prompt,
                 context_length=self.context_length,
             )
@@ -262,7 +281,7 @@ class Turns:
     async def _commit(
         self, session: Session, request: TurnRequest, plan: _Plan, result: GenerateResult, parsed: ParseResult
     ) -> Turn:
-        """Commit the turn, to the end even if the client leaves meanwhile: never durable and yet not in the tree."""
+        """Commit the turn, to the end even if the client leaves: a durable turn is always in the tree."""
         task = asyncio.ensure_future(self._put(session, request, plan, result, parsed))
         try:
             turn = await asyncio.shield(task)
@@ -324,7 +343,7 @@ class Turns:
             metrics.branches.labels(turn.branch_reason).inc()
         metrics.prompt_tokens.inc(num_prompt_tokens)
         metrics.prompt_length.observe(num_prompt_tokens)
-        metrics.cached_tokens.inc(turn.num_cached_tokens)
+        metrics.cached_tokens.inc(turn.num_cached_tokens or 0)
         metrics.sampled_tokens.inc(len(turn.completion))
         metrics.rendered_tokens.inc(len(turn.prompt))
         metrics.neutralised.inc(len(turn.neutralised))
@@ -335,8 +354,8 @@ class Turns:
         log.warning("session %s: turn failed: %s: %s", session.session_id, error.kind, error)
         try:
             await self._sessions.fail(session, error, num_tokens)
-        except StoreError as lost:
-            log.error("session %s: the failure could not be stored: %s", session.session_id, lost)
+        except StoreError:
+            log.exception("session %s: the failure could not be stored", session.session_id)
 
 
 def _recorded(attachment: Attachment) -> list[Message]:
@@ -347,14 +366,14 @@ def _recorded(attachment: Attachment) -> list[Message]:
 def _with_recorded_ids(
     new: tuple[Message, ...], keys: Sequence[MessageKey], parent: Turn
 ) -> tuple[Message, ...]:
-    """Tool results under the ids that the parent's calls were recorded with: agents renumber, templates look up."""
+    """Tool results under the recorded ids of the calls: agents renumber, templates look up."""
     calls = parent.reply.tool_calls
     out: list[Message] = []
     for position, (message, key) in enumerate(zip(new, keys, strict=True)):
         if message.role == "assistant":  # what follows answers that message's calls
             return (*out, *new[position:])
         if message.role == "tool" and 0 <= key.ordinal < len(calls):
-            message = msgspec.structs.replace(message, tool_call_id=calls[key.ordinal].id)  # noqa: PLW2901
+            message = msgspec.structs.replace(message, tool_call_id=calls[key.ordinal].id)
         out.append(message)
     return tuple(out)
 

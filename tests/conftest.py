@@ -1,0 +1,81 @@
+"""Live tests run only when asked for (`make live`); the real SGLang server that they need."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tokentape.model import TINY_MODEL
+
+LIVE_DIR = Path(os.environ.get("TOKENTAPE_LIVE_DIR", Path.home() / ".cache/tokentape/live"))
+ENGINES = Path(os.environ.get("TOKENTAPE_ENGINES", Path(__file__).parent.parent.parent / "shared/engines"))
+LIVE_MODELS = {"smollm2": LIVE_DIR / "smollm2", "tiny": TINY_MODEL}
+_START_S = 300.0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "live" in config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="needs a real SGLang server: make live")
+    for item in items:
+        if "live" in item.keywords:
+            item.add_marker(skip)
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A real SGLang server, and the model that it serves."""
+
+    url: str
+    model_dir: Path
+
+
+@pytest.fixture(scope="session", params=sorted(LIVE_MODELS))
+def sglang_server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
+    """SGLang on a free loopback port, one model at a time: 30 to 70 s to start, about 3 GB."""
+    model_dir = LIVE_MODELS[request.param]
+    if not list(model_dir.glob("*.safetensors")):
+        pytest.fail(f"{model_dir} has no weights: `make live` installs what live tests need")
+    script = ENGINES / "run_sglang_cpu.sh"
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        port = probe.getsockname()[1]
+    with tempfile.NamedTemporaryFile("w", prefix="sglang-", suffix=".log", delete=False) as log:
+        process = subprocess.Popen(
+            ["bash", str(script), str(LIVE_DIR / "sglang"), str(model_dir), str(port)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _await_health(f"http://127.0.0.1:{port}", process, Path(log.name))
+        yield LiveServer(f"http://127.0.0.1:{port}", model_dir)
+    finally:
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signum)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+    Path(log.name).unlink()
+
+
+def _await_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"SGLang ended with {process.returncode}; {log} ends:\n{log.read_text()[-2000:]}")
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        time.sleep(1)
+    pytest.fail(f"SGLang was not ready after {_START_S:g} s; {log} ends:\n{log.read_text()[-2000:]}")
