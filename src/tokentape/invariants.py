@@ -4,8 +4,8 @@
     >>> check_samples([])
     []
 
-Rows are what `GET /sessions/{id}/samples` answers, or what `pyarrow.parquet.read_table(…).to_pylist()` returns.
-A trainer's pipeline can check the file that it was given with it; tokentape's own tests do the same.
+Rows are what `GET /sessions/{id}/samples` answers, or what `pyarrow.parquet.read_table(…).to_pylist()`
+returns. A trainer's pipeline can check the file that it was given with it; tokentape's own tests do the same.
 """
 
 import json
@@ -54,7 +54,7 @@ def check_samples(rows: Sequence[Row]) -> list[str]:
     """Every violated rule, in words; empty where all hold.
 
     The rows of a session must be complete: that each turn is trained once can only be seen over all of them.
-    A rule is skipped where what it reads is already reported as malformed, so that one fault is reported once.
+    A rule is skipped where what it reads is reported as malformed already: one fault is reported once.
     """
     problems: list[str] = []
     sound: dict[str, list[Row]] = defaultdict(list)
@@ -257,13 +257,13 @@ def _check_session(rows: Sequence[Row]) -> Iterator[str]:
     num_trained: Counter[str] = Counter()
     seen: dict[str, tuple[Row, int]] = {}
     for row in rows:
-        for index, turn in enumerate(row["turns"]):
+        for turn in row["turns"]:
             num_trained[turn["turn_id"]] += turn["trained"]
-            if turn["turn_id"] not in seen:
-                seen[turn["turn_id"]] = row, index
-            elif _turn(*seen[turn["turn_id"]]) != _turn(row, index):
-                other = seen[turn["turn_id"]][0]["sample_id"]
-                yield f"turn {turn['turn_id']} differs between samples {other} and {row['sample_id']}"
+        for index, turn in enumerate(row["turns"]):
+            first, at = seen.setdefault(turn["turn_id"], (row, index))
+            if _turn(first, at) != _turn(row, index):
+                one, other = first["sample_id"], row["sample_id"]
+                yield f"turn {turn['turn_id']} differs between samples {one} and {other}"
                 break  # so does all that follows it
     for turn_id, n in num_trained.items():
         if n != 1:
@@ -271,7 +271,7 @@ def _check_session(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _turn(row: Row, index: int) -> tuple[object, ...]:
-    """What a turn is in every row that holds it: its place, its outcome, the ids since the turn before, and that."""
+    """What a turn is in every row that holds it: its predecessor, place, outcome, and ids since then."""
     turn = row["turns"][index]
     before = row["turns"][index - 1] if index else {"turn_id": None, "end": 0}
     ids = row["token_ids"][before["end"] : turn["end"]]

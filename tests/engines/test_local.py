@@ -175,7 +175,7 @@ def test_prefix_cache_reports_honestly_and_stays_exact(engine: LocalEngine, mode
     assert again.num_cached_tokens == len(first.prompt_ids) - 1
     turn = first.prompt_ids + first.completion_ids + text_ids("!?")
     second = run(engine, turn, max_new_tokens=12, ignore_eos=True)
-    # The last sampled token was never fed, so its keys are not there: 42 prompt + 8 output gave 49 on SGLang too.
+    # The last sampled token was never fed, so its keys are not there; SGLang: 42 + 8 gave 49.
     assert second.num_cached_tokens == len(first.prompt_ids) + 11
     assert_exact(model_dir, second)
     assert engine.flush_cache().result()

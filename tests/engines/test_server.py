@@ -93,16 +93,16 @@ def error(message: str) -> dict[str, Any]:
 TOO_LONG = f"The input ({CONTEXT + 9} tokens) is longer than the model's context length ({CONTEXT} tokens)."
 OVER = (
     f"Requested token count exceeds the model's maximum context length of {CONTEXT} tokens. "
-    f"You requested a total of {CONTEXT + 98} tokens: {CONTEXT - 2} tokens from the input messages and 100 tokens "
-    "for the completion. Please reduce the number of tokens in the input messages or the completion to fit "
+    f"You requested a total of {CONTEXT + 98} tokens: {CONTEXT - 2} tokens from the input messages and 100 "
+    "tokens for the completion. Please reduce the number of tokens in the input messages or the completion to fit "
     "within the limit."
 )
 UNKNOWN = (
     "unknown field `foo`, expected one of `max_new_tokens`, `stop`, `stop_token_ids`, `stop_regex`, "
-    "`temperature`, `top_p`, `top_k`, `min_p`, `frequency_penalty`, `presence_penalty`, `repetition_penalty`, "
-    "`min_new_tokens`, `n`, `json_schema`, `regex`, `ebnf`, `structural_tag`, `ignore_eos`, "
-    "`skip_special_tokens`, `spaces_between_special_tokens`, `no_stop_trim`, `stream_interval`, `logit_bias`, "
-    "`sampling_seed`, `custom_params`, `beam_width`, `watermark`, `choice`"
+    "`temperature`, `top_p`, `top_k`, `min_p`, `frequency_penalty`, `presence_penalty`, "
+    "`repetition_penalty`, `min_new_tokens`, `n`, `json_schema`, `regex`, `ebnf`, `structural_tag`, `ignore_eos`, "
+    "`skip_special_tokens`, `spaces_between_special_tokens`, `no_stop_trim`, `stream_interval`, "
+    "`logit_bias`, `sampling_seed`, `custom_params`, `beam_width`, `watermark`, `choice`"
 )
 MIN_OVER_MAX = "min_new_tokens must be in [0, max_new_tokens(2)], got 9."
 REAL_ONE_DIES = f"outside the vocabulary (0 to {VOCAB - 1}). A real SGLang server dies of this."

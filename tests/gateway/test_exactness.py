@@ -67,10 +67,8 @@ async def test_a_long_conversation_with_tools(fake: FakeSGLang, gateway: Gateway
         new = agent.results("the weather") if turn % 3 < 2 else [USER]
     [sample] = await check(fake, agent, num_turns=12)
     assert sum(drifts(r.output_ids) for r in fake.requests) > 6
-    # None but the first turn renders more than what is new: the prompts grow by the bridge.
-    conversation = json.loads(sample["messages"])
-    assert [m["role"] for m in conversation[:4]] == ["system", "user", "assistant", "tool"]
-    assert conversation == [{"content": None, **m} for m in agent.messages] or len(conversation) == len(agent.messages)
+    assert json.loads(sample["messages"]) == agent.messages  # the conversation as the agent saw it
+    assert json.loads(sample["tools"]) == TOOLS["tools"]
 
 
 @both_ways
@@ -395,18 +393,3 @@ async def test_negative_control(fake: FakeSGLang, gateway: Gateway, spoil: Calla
     spoil(samples)
     with pytest.raises(AssertionError):
         assert_samples_match(seen_by(fake), samples, num_turns=2)
-
-
-async def test_negative_control_of_extension(fake: FakeSGLang, gateway: Gateway) -> None:
-    """Samples that match what arrived, where what arrived did not extend the turn before."""
-    agent = await agent_for(gateway)
-    fake.script(sampled("the weather is", seed=1), sampled("hello world", seed=1))
-    await agent.turn(USER)
-    await agent.turn(USER)
-    samples = await gateway.samples(agent.session_id)
-    at = samples[0]["turns"][0]["end"] - 2
-    samples[0]["token_ids"][at] = seen_by(fake)[1].input_ids[at] = 1
-    seen = seen_by(fake)
-    seen[1].input_ids[at] = 1
-    with pytest.raises(AssertionError):
-        assert_samples_match(seen, samples, num_turns=2)

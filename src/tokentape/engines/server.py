@@ -265,7 +265,8 @@ class _Routes:
         check_prompt(ids, asked, vocab_size=facts.vocab_size, context_length=facts.context_length)
         if fields.logprob_start_len > len(ids):
             raise RequestError(
-                f"logprob_start_len={fields.logprob_start_len} is higher than the number of input tokens {len(ids)}."
+                f"logprob_start_len={fields.logprob_start_len} is higher than the number of input tokens "
+                f"{len(ids)}."
             )
         return ids, params
 

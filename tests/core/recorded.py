@@ -1,0 +1,116 @@
+"""Turns for the core's tests: made by hand, token ids from a counter, no renderer and no engine."""
+
+import itertools
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from tokentape.export import samples, to_json_rows
+from tokentape.store import SessionRecord
+from tokentape.tape import Turn
+from tokentape.tree import Tree, frame_key, keys_of, know
+from tokentape.types import Json, Message, Sampling, TokenRun, ToolCall, VersionSpan
+
+TOOLS: tuple[Json, ...] = ({"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}},)
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def said(text: str | None, *calls: ToolCall, reasoning: str | None = None) -> Message:
+    return Message("assistant", text, reasoning, tuple(calls))
+
+
+def call(name: str = "search", arguments: str = '{"q": "a"}', id: str = "c1") -> ToolCall:  # noqa: A002
+    return ToolCall(id, name, arguments)
+
+
+def result(text: str | None, call_id: str | None = "c1") -> Message:
+    return Message("tool", text, tool_call_id=call_id)
+
+
+def record(session_id: str = "s", **changes: Any) -> SessionRecord:
+    return SessionRecord(**{"session_id": session_id, "state": "open", "created_at": 1.5, **changes})
+
+
+def turn(turn_id: str = "t", **changes: Any) -> Turn:
+    """A valid turn of its own; `completion` and `prompt` are lists, log-probabilities follow from the ids."""
+    prompt: Sequence[int] = changes.pop("prompt", [1, 2, 3])
+    completion: Sequence[int] = changes.pop("completion", [7, 8])
+    values: dict[str, Any] = {
+        "turn_id": turn_id,
+        "parent_id": None,
+        "branch_reason": "root",
+        "prompt": TokenRun(prompt),
+        "completion": TokenRun(completion),
+        "logprobs": array("f", [-i / 8 for i in range(len(completion))]),
+        "versions": (VersionSpan("v1", 0, len(completion)),) if completion else (),
+        "finish_reason": "stop",
+        "stop_id": None,
+        "messages": (user("hello"),),
+        "reply": said("hi"),
+        "in_reasoning": False,
+        "parse_status": "ok",
+        "attempts": (),
+        "tools": (),
+        "arguments": {},
+        "sampling": Sampling(),
+        "neutralised": (),
+        "ignored": (),
+        "num_cached_tokens": 0,
+        "created_at": 2.25,
+    }
+    return Turn(**values | changes)
+
+
+@dataclass
+class Recorder:
+    """What the gateway does around a tree, without tokens that mean anything: attach, sample `reply`, commit."""
+
+    tree: Tree = field(default_factory=lambda: Tree(()))
+    ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(100))
+    names: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
+
+    def plan(
+        self, messages: Sequence[Message], tools: tuple[Json, ...] = (), arguments: Json | None = None
+    ) -> tuple[Turn | None, int, str | None]:
+        """The turn that a request continues, how many of its messages are recorded, why it starts a branch."""
+        frame = frame_key(tools, arguments or {})
+        keys = keys_of([know(message) for message in messages])
+        found = self.tree.attach(frame, keys)
+        parent = found.path[-1] if found.path else None
+        parent_id = parent.turn_id if parent is not None else None
+        return parent, found.num_matched, self.tree.branch_reason(parent_id, frame, keys[found.num_matched :])
+
+    def run(
+        self,
+        messages: Sequence[Message],
+        reply: Message,
+        tools: tuple[Json, ...] = (),
+        arguments: Json | None = None,
+        **changes: Any,
+    ) -> Turn:
+        """Commit the turn that answers a request."""
+        parent, num_matched, reason = self.plan(messages, tools, arguments)
+        made = turn(
+            f"t{next(self.names)}",
+            parent_id=parent.turn_id if parent is not None else None,
+            branch_reason=reason,
+            prompt=[next(self.ids) for _ in range(3)],
+            completion=changes.pop("completion", [next(self.ids) for _ in range(2)]),
+            messages=tuple(messages[num_matched:]),
+            reply=reply,
+            tools=tools,
+            arguments=arguments or {},
+            **changes,
+        )
+        self.tree.commit(made)
+        return made
+
+    def rows(self, **changes: Any) -> list[Json]:
+        """The session's samples, as the control API answers them."""
+        return msgspec.json.decode(to_json_rows(samples(record(**changes), self.tree.tapes())))

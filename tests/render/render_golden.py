@@ -1,0 +1,274 @@
+"""What a chat template itself says of a turn and of what follows it: the oracle that `extend` is judged by.
+
+Nothing here calls `extend` or looks at how it works. The template renders the whole conversation, the tokens that
+end a turn come from a table per model, and the bridge is by definition what follows the last of them before the first
+new message's text. `judge` compares an answer of `extend` with that, in both directions: a bridge must be exact, and a
+refusal must be true.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokentape.errors import TemplateRefused
+from tokentape.outline import Outline
+from tokentape.render import Ended, Frame, NotExtendable, Rendered, Renderer, Rewrite
+from tokentape.template import ChatTemplate
+from tokentape.testing import byte_level_tokenizer
+from tokentape.tokenizer import Tokenizer
+from tokentape.types import Json, Message, ToolCall
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "models"
+
+# What the model samples at the end of a turn of text, and of a turn of calls.
+SAMPLED_END: dict[str, tuple[str, str]] = {
+    "deepseek": ("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "glm": ("<|user|>", "<|observation|>"),
+    "gpt-oss": ("<|return|>", "<|call|>"),
+    "hermes": ("<|im_end|>", "<|im_end|>"),
+    "kimi": ("<|im_end|>", "<|im_end|>"),
+    "llama": ("<|eot_id|>", "<|eot_id|>"),
+    "minimax": ("[e~[", "[e~["),
+    "mistral": ("</s>", "</s>"),
+    "nemotron": ("<|im_end|>", "<|im_end|>"),
+    "qwen": ("<|im_end|>", "<|im_end|>"),
+    "smollm2": ("<|im_end|>", "<|im_end|>"),
+}
+# What else the template may write at the end of a turn that is not the last.
+OTHER_END: dict[str, tuple[str, ...]] = {"gpt-oss": ("<|end|>",)}
+
+# Control tokens of the templates that are shared without a tokenizer: (special, other added tokens).
+STAND_IN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "hermes-3": (("<|im_start|>", "<|im_end|>"), ("<tool_call>", "</tool_call>")),
+    "kimi-k2": (
+        ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"),
+        (
+            *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+            *("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+        ),
+    ),
+    "mistral-small-3.2": (
+        (
+            *("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]"),
+            *("[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "[TOOL_RESULTS]", "[TOOL_CONTENT]"),
+            "[/TOOL_RESULTS]",
+        ),
+        (),
+    ),
+    "nemotron-3": (("<|im_start|>", "<|im_end|>"), ("<think>", "</think>", "<tool_call>", "</tool_call>")),
+}
+STAND_IN_NAMES = {"mistral-small-3.2": {"bos_token": "<s>", "eos_token": "</s>"}}
+
+
+def family(model: str) -> str:
+    return next(name for name in SAMPLED_END if model.startswith(name))
+
+
+def end_of(model: str, reply: Message) -> str:
+    return SAMPLED_END[family(model)][bool(reply.tool_calls)]
+
+
+def ends_of(model: str) -> tuple[str, ...]:
+    return (*SAMPLED_END[family(model)], *OTHER_END.get(family(model), ()))
+
+
+def with_tokenizer() -> list[str]:
+    return sorted(path.parent.name for path in SHARED.glob("*/tokenizer.json"))
+
+
+def every_template() -> list[str]:
+    return sorted(path.parent.name for path in SHARED.glob("*/chat_template.jinja"))
+
+
+class Models:
+    """Renderers of the shared models, each tokenizer loaded once."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory  # for the stand-in tokenizers
+        self._loaded: dict[str, tuple[Tokenizer, ChatTemplate]] = {}
+
+    def renderer(self, model: str, history: str = "template") -> Renderer:
+        if model not in self._loaded:
+            self._loaded[model] = self._stand_in(model) if model in STAND_IN else self._real(model)
+        tokenizer, template = self._loaded[model]
+        return Renderer(tokenizer, template, history=history)  # type: ignore[arg-type]
+
+    def _real(self, model: str) -> tuple[Tokenizer, ChatTemplate]:
+        renderer = Renderer.from_dir(SHARED / model)
+        return renderer.tokenizer, renderer.template
+
+    def _stand_in(self, model: str) -> tuple[Tokenizer, ChatTemplate]:
+        path = self._directory / f"{model}.json"
+        byte_level_tokenizer(*STAND_IN[model]).save(str(path))
+        source = (SHARED / model / "chat_template.jinja").read_text(encoding="utf-8")
+        template = ChatTemplate(source, STAND_IN_NAMES.get(model, {}))
+        return Tokenizer(path, template_text=template.literal_text), template
+
+
+@dataclass(frozen=True)
+class Case:
+    """Messages before a sampled turn, the turn, and the messages after it."""
+
+    title: str
+    before: tuple[Message, ...]
+    reply: Message
+    new: tuple[Message, ...]
+    tools: tuple[Json, ...] = ()
+
+
+def tool(name: str, **properties: Json) -> Json:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": f"What {name} does", "parameters": parameters},
+    }
+
+
+TOOLS = (
+    tool("get_weather", city={"type": "string"}, days={"type": "integer"}),
+    tool("get_time", tz={"type": "string"}),
+)
+
+
+def says(
+    content: str | None = None, reasoning: str | None = None, calls: Sequence[ToolCall] = ()
+) -> Message:
+    return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=tuple(calls))
+
+
+def _cases() -> dict[str, Case]:
+    system, user = Message(role="system", content="Be brief."), Message(role="user", content="Weather in Paris?")
+    weather = ToolCall(id="call00001", name="get_weather", arguments='{"city": "Paris", "days": 2}')
+    clock = ToolCall(id="call00002", name="get_time", arguments='{"tz": "CET"}')
+    sunny = Message(role="tool", content="18C, clear", tool_call_id="call00001")
+    noon = Message(role="tool", content="It is 12:30", tool_call_id="call00002")
+    more = Message(role="user", content="And tomorrow?")
+    start, first = (system, user), says(None, "I should call.", [weather])
+    return {
+        "call": Case("a call, its result", start, says(calls=[weather]), (sunny,), TOOLS),
+        "text": Case("text, a user", start, says("Sunny."), (more,)),
+        "two calls": Case("two calls, both results", start, says(calls=[weather, clock]), (sunny, noon), TOOLS),
+        "text+call": Case("text and a call, its result", start, says("Let me look.", None, [weather]), (sunny,), TOOLS),
+        "result+user": Case("a call, its result and a user", start, says(calls=[weather]), (sunny, more), TOOLS),
+        "thought+call": Case("a thought and a call, its result", start, first, (sunny,), TOOLS),
+        "thought+call again": Case(
+            "the same a second time", (*start, first, sunny), says(None, "Again.", [clock]), (noon,), TOOLS
+        ),
+        "thought+text": Case("a thought and text, a user", start, says("Sunny.", "Think."), (more,)),
+        "thought+text after call": Case(
+            "thoughts, a call, then text, a user",
+            (*start, first, sunny),
+            says("It is sunny.", "Now answer."),
+            (more,),
+            TOOLS,
+        ),
+    }
+
+
+CASES = _cases()
+
+
+class Drift(AssertionError):
+    """An answer of `extend` that the template contradicts."""
+
+
+EXACT = "exact"  # prompt + completion + bridge is the full render, id by id
+SEAM = "exact*"  # so is its text; the model's own ids differ where the prompt's end and the completion meet
+KEPT = "kept"  # the template would rewrite the turn, the sampled ids stay; the bridge is the template's
+
+
+def text_of(renderer: Renderer, frame: Frame, messages: Sequence[Message], *, go_on: bool = True) -> str:
+    template = renderer.template
+    dicts = [template.to_json(m) for m in messages]
+    return template.render(dicts, frame.tools, frame.arguments, add_generation_prompt=go_on)
+
+
+def reference_ids(renderer: Renderer, text: str) -> list[int]:
+    """`tokenizers` itself, never the fast encoder."""
+    return list(renderer.tokenizer._reference.encode(text, add_special_tokens=False).ids)
+
+
+def bridge_text(whole: str, new: Sequence[Message], ends: Sequence[str], *, start: int = 0) -> str:
+    """What follows the turn's last token: the last token that ends a turn before the first new message's text."""
+    anchor = whole.index(new[0].content or "", start)
+    found = max((at + len(end) for end in ends if (at := whole.rfind(end, 0, anchor)) >= 0), default=-1)
+    assert found >= 0, f"no end of turn before {new[0].content!r} in {whole!r}"
+    return whole[found:]
+
+
+def pieces(message: Message) -> list[str]:
+    """The texts that must show where a template renders the whole turn."""
+    texts = [message.reasoning, message.content, *(call.name for call in message.tool_calls)]
+    return [text.strip() for text in texts if text and text.strip()]
+
+
+def judge(
+    renderer: Renderer,
+    model: str,
+    case: Case,
+    answer: Rendered | NotExtendable | None = None,
+    *,
+    preserve: bool = False,
+    end: str | None = None,
+) -> str:
+    """What the answer is worth: `EXACT`, `SEAM`, `KEPT`, or the reason of a refusal that the template confirms.
+
+    Raises:
+        Drift: the template says otherwise.
+        TemplateRefused: the template cannot render what stands before the turn: no model was ever asked that.
+    """
+    frame = Frame(case.tools)
+    end = end or end_of(model, case.reply)
+    if answer is None:
+        outline = renderer.outline(Outline(), case.before)
+        answer = renderer.extend(frame, outline, Ended(case.reply, renderer.tokenizer.id_of(end)), case.new)
+    prompt = text_of(renderer, frame, case.before)
+    try:
+        whole = text_of(renderer, frame, [*case.before, case.reply, *case.new])
+    except TemplateRefused:
+        return _judge_unrendered(renderer, case, answer, preserve=preserve)
+    start = len(os_prefix(prompt, whole))
+    bridge = bridge_text(whole, case.new, ends_of(model), start=start)
+    same_start = whole.startswith(prompt)
+    completion = whole[len(prompt) : len(whole) - len(bridge)] if same_start else None
+    is_whole = completion is not None and completion.endswith(end) and all(p in completion for p in pieces(case.reply))
+    if isinstance(answer, NotExtendable):
+        if preserve or is_whole:
+            raise Drift(f"{answer}, and yet the template keeps it all: {completion!r}")
+        return answer.reason.value
+    if not preserve and not is_whole:
+        raise Drift(f"extended, and yet the template rewrites it: {whole!r} after {prompt!r}")
+    ids, full = list(answer.run.ids), reference_ids(renderer, whole)
+    if full[len(full) - len(ids) :] != ids or not ids:
+        raise Drift(f"bridge {renderer.tokenizer.decode(ids)!r}, the template writes {bridge!r}")
+    left = renderer.tokenizer.decode(full[: len(full) - len(ids)])
+    if not left.endswith(ends_of(model)) or not same_length(renderer, ids, bridge):
+        raise Drift(f"bridge {renderer.tokenizer.decode(ids)!r}, the template writes {bridge!r}")
+    if not is_whole or completion is None:
+        return KEPT
+    head = reference_ids(renderer, prompt) + reference_ids(renderer, completion)
+    if head + ids == full:
+        return EXACT
+    if renderer.tokenizer.decode(head + ids) != renderer.tokenizer.decode(full):
+        raise Drift(f"{renderer.tokenizer.decode(head + ids)!r} is not {whole!r}")
+    return SEAM
+
+
+def os_prefix(a: str, b: str) -> str:
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
+
+
+def same_length(renderer: Renderer, ids: Sequence[int], text: str) -> bool:
+    """Whether ids are that text, where the tokenizer may normalise it."""
+    return renderer.tokenizer.decode(ids) == renderer.tokenizer.decode(reference_ids(renderer, text))
+
+
+def _judge_unrendered(renderer: Renderer, case: Case, answer: Rendered | NotExtendable, *, preserve: bool) -> str:
+    """The template raises on the whole conversation: only parallel calls may be extended all the same."""
+    if isinstance(answer, NotExtendable):
+        if answer.reason is not Rewrite.REFUSED:
+            raise Drift(f"{answer}, and yet the template refuses")
+        return answer.reason.value
+    if len(case.reply.tool_calls) < 2:
+        raise Drift(f"extended by {renderer.tokenizer.decode(answer.run.ids)!r}, and yet the template refuses")
+    return KEPT
