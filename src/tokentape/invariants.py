@@ -11,11 +11,10 @@ returns. A trainer's pipeline can check the file that it was given with it; toke
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Row: TypeAlias = Mapping[str, Any]
-Rule: TypeAlias = Callable[[Row], Iterator[str]]
 
 MAX_LOGPROB = 1e-3
 """A log-probability, nats, may exceed 0 by float32 rounding of a softmax, not by more."""
@@ -57,35 +56,30 @@ def check_samples(rows: Sequence[Row]) -> list[str]:
     A rule is skipped where what it reads is reported as malformed already: one fault is reported once.
     """
     problems: list[str] = []
-    sound: dict[str, list[Row]] = defaultdict(list)
-    incomplete: set[str] = set()
+    sessions: dict[str, list[Row]] = defaultdict(list)
+    malformed: set[str] = set()
     for index, row in enumerate(rows):
-        found = list(_check_row(row))
-        where = f"sample {row.get('sample_id', f'#{index}')}"
-        problems += [f"{where}: {problem}" for problem in found]
-        if any(True for _ in _columns(row)):
-            incomplete.add(str(row.get("session_id")))
-        else:
-            sound[row["session_id"]].append(row)
-    for session_id, members in sound.items():
-        if session_id not in incomplete:
-            problems += [f"session {session_id}: {problem}" for problem in _check_session(members)]
+        found, is_sound = _check_row(row)
+        problems += [f"sample {row.get('sample_id', f'#{index}')}: {problem}" for problem in found]
+        session_id = str(row.get("session_id"))
+        sessions[session_id].append(row)
+        if not is_sound:
+            malformed.add(session_id)
+    for session_id in [s for s in sessions if s not in malformed]:
+        problems += [f"session {session_id}: {problem}" for problem in _check_session(sessions[session_id])]
     return problems
 
 
-def _check_row(row: Row) -> Iterator[str]:
-    """The rules of one row. Those about tokens come in stages, as they rely on each other."""
-    malformed = list(_columns(row))
-    yield from malformed
-    if malformed:
-        return
-    for stage in _TOKEN_RULES:
-        found = [problem for rule in stage for problem in rule(row)]
-        yield from found
-        if found:
-            break
-    yield from _scalars(row)
-    yield from _json(row)
+def _check_row(row: Row) -> tuple[list[str], bool]:
+    """What is wrong with a row; whether its turns can be compared with those of other rows at all."""
+    problems = list(_columns(row))
+    if problems:
+        return problems, False
+    problems = list(_lengths(row)) or list(_turns(row))
+    if problems:
+        return [*problems, *_json(row)], False
+    problems = list(_values(row)) or list(_mask(row)) or [*_logprobs(row), *_versions(row)]
+    return [*problems, *_scalars(row), *_json(row)], True
 
 
 # -- columns and shapes
@@ -235,14 +229,6 @@ def _json(row: Row) -> Iterator[str]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-_TOKEN_RULES: tuple[tuple[Rule, ...], ...] = (
-    (_lengths,),
-    (_values, _turns),
-    (_mask,),
-    (_logprobs, _versions),
-)
 
 
 # -- a session's rows together

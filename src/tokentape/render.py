@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from tokentape.errors import ConfigError, TemplateRefused
 from tokentape.outline import Outline
-from tokentape.template import ChatTemplate
+from tokentape.template import PROBE_TOOL, ChatTemplate
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json, Message, TokenRun, ToolCall
 from tokentape.untrusted import Marking, mark_untrusted
@@ -130,6 +130,10 @@ class Renderer:
         self.template = template
         self._preserve = history == "preserve"
         self._sentinel = f"tt{secrets.token_hex(6)}"  # untrusted text cannot forge what it cannot guess
+        # One tool makes a template show all that it shows with tools; the real ones cost more than what is new.
+        self._tool_name = f"{self._sentinel}t"
+        function = {**PROBE_TOOL["function"], "name": self._tool_name}
+        self._tools: tuple[Json, ...] = ({**PROBE_TOOL, "function": function},)
 
     @classmethod
     def from_dir(
@@ -174,20 +178,31 @@ class Renderer:
         Raises:
             RequestError: a tool call in `new` has arguments that the template cannot take.
         """
-        _, dicts, marking = mark_untrusted(self.tokenizer, (), [self.template.to_json(m) for m in new])
-        try:
-            probe = self._probe(frame, outline, ended.message, dicts)
-            rewrite = None if self._preserve else self._rewrite(frame, outline, ended, probe)
-        except TemplateRefused as error:
-            return NotExtendable(Rewrite.REFUSED, str(error))
-        seam = rewrite or self._seam(ended, probe)
-        return (
-            seam if isinstance(seam, NotExtendable) else self._encode(seam.bridge, marking, after=seam.stop)
-        )
+        plain = [self.template.to_json(m) for m in new]
+        _, dicts, marking = mark_untrusted(self.tokenizer, (), plain)
+        stand_in = Frame(self._tools if frame.tools else (), frame.arguments)
+        seam = self._find_seam(stand_in, outline, ended, dicts)
+        if isinstance(seam, _Seam) and self._tool_name in seam.bridge:  # Mistral repeats tools with each user
+            tools, dicts, marking = mark_untrusted(self.tokenizer, frame.tools, plain)
+            seam = self._find_seam(Frame(tuple(tools), frame.arguments), outline, ended, dicts)
+        if isinstance(seam, NotExtendable):
+            return seam
+        return self._encode(seam.bridge, marking, after=seam.stop)
 
     def outline(self, outline: Outline, new: Sequence[Message]) -> Outline:
         """The outline of a conversation that goes on with `new`."""
         return outline.followed_by(new, self.template.content_tests)
+
+    def _find_seam(
+        self, frame: Frame, outline: Outline, ended: Ended, new: Sequence[Json]
+    ) -> _Seam | NotExtendable:
+        """The bridge's text under a frame, or why there is none."""
+        try:
+            probe = self._probe(frame, outline, ended.message, new)
+            rewrite = None if self._preserve else self._rewrite(frame, outline, ended, probe)
+        except TemplateRefused as error:
+            return NotExtendable(Rewrite.REFUSED, str(error))
+        return rewrite or self._seam(ended, probe)
 
     def _probe(self, frame: Frame, outline: Outline, message: Message, new: Sequence[Json]) -> _Probe:
         """Render the stand-in conversation, with a plainer turn where the template cannot show this one.
@@ -229,10 +244,7 @@ class Renderer:
             )
         )
         before = [self.template.to_json(m) for m in outline.messages]
-        render, tools = (
-            self.template.render,
-            frame.tools[:1],
-        )  # one tool makes a template show all that it has
+        render, tools = self.template.render, frame.tools
         return _Probe(
             prompt=render(before, tools, frame.arguments, add_generation_prompt=True),
             last=render([*before, turn], tools, frame.arguments, add_generation_prompt=False),
@@ -247,9 +259,7 @@ class Renderer:
         followed, prompt = probe.followed, probe.prompt
         if not followed.startswith(prompt):
             before = [self.template.to_json(m) for m in outline.messages]
-            closed = self.template.render(
-                before, frame.tools[:1], frame.arguments, add_generation_prompt=False
-            )
+            closed = self.template.render(before, frame.tools, frame.arguments, add_generation_prompt=False)
             if followed.startswith(closed):
                 return NotExtendable(
                     Rewrite.GENERATION_PROMPT, "the turn no longer starts as its prompt ended"

@@ -21,9 +21,9 @@ from tokentape.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# A control token looks like <this> or [THIS]. Ordinary added tokens (Gemma's runs of newlines, `/nothink`) do
-# not.
-_BRACKETED = re.compile(r"^[<\[]\S.*[>\]]$", re.DOTALL)
+# A control token looks like <this>, [THIS], or MiniMax's [e~[ and ]~b]. Ordinary added tokens (Gemma's runs of
+# newlines, `/nothink`) do not.
+_BRACKETED = re.compile(r"^[<\[\]]\S.*[>\[\]]$", re.DOTALL)
 
 # Beside the model's own template and control tokens: scripts, digits, code, runs of whitespace, emoji, odd
 # Unicode.

@@ -14,7 +14,9 @@ from tokentape.tape import Turn
 from tokentape.tree import Tree, frame_key, keys_of, know
 from tokentape.types import Json, Message, Sampling, TokenRun, ToolCall, VersionSpan
 
-TOOLS: tuple[Json, ...] = ({"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}},)
+TOOLS: tuple[Json, ...] = (
+    {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}},
+)
 
 
 def user(text: str) -> Message:

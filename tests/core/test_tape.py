@@ -64,7 +64,9 @@ def test_a_tape_is_its_turns_one_after_the_other(path: list[Turn], data: st.Data
     assert (tape.token_ids.typecode, tape.loss_mask.typecode, tape.logprobs.typecode) == ("i", "b", "f")
     assert tape.num_prompt_tokens == len(path[0].prompt)
     assert [s.trained for s in tape.turns] == [t.turn_id in trained for t in path]
-    assert [list(tape.token_ids[s.start : s.end]) for s in tape.turns] == [list(t.completion.ids) for t in path]
+    assert [list(tape.token_ids[s.start : s.end]) for s in tape.turns] == [
+        list(t.completion.ids) for t in path
+    ]
 
 
 @given(paths(), IDS)

@@ -11,10 +11,9 @@ import torch
 from tiny_model import CONTEXT, END, VOCAB, make, save_model
 from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from tokentape.engines import kv, stepper
-from tokentape.engines.local import LocalEngine
-from tokentape.engines.native import GenerateBody, Generation, SamplingParams
-from tokentape.engines.sampler import RowSampler, sample
+from tokentape.engines.local import LocalEngine, kv, stepper
+from tokentape.engines.local.sampler import RowSampler, sample
+from tokentape.engines.server.requests import GenerateBody, Generation, SamplingParams
 from tokentape.errors import ConfigError, EngineUnavailable, RequestError
 from tokentape.types import VersionSpan
 

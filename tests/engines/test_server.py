@@ -11,10 +11,10 @@ import aiohttp
 import pytest
 from tiny_model import CONTEXT, END, VOCAB, make, save_model
 
-from tokentape.engines import server
-from tokentape.engines.answer import Answer
 from tokentape.engines.local import LocalEngine, run_engine
-from tokentape.engines.native import GenerateBody, Generation, SamplingParams
+from tokentape.engines.server import app as server
+from tokentape.engines.server.answer import Answer
+from tokentape.engines.server.requests import GenerateBody, Generation, SamplingParams
 from tokentape.errors import ConfigError, RequestError
 
 PROMPT = [10, 20, 30, 40]
@@ -94,15 +94,15 @@ TOO_LONG = f"The input ({CONTEXT + 9} tokens) is longer than the model's context
 OVER = (
     f"Requested token count exceeds the model's maximum context length of {CONTEXT} tokens. "
     f"You requested a total of {CONTEXT + 98} tokens: {CONTEXT - 2} tokens from the input messages and 100 "
-    "tokens for the completion. Please reduce the number of tokens in the input messages or the completion to fit "
-    "within the limit."
+    "tokens for the completion. Please reduce the number of tokens in the input messages or the completion "
+    "to fit within the limit."
 )
 UNKNOWN = (
     "unknown field `foo`, expected one of `max_new_tokens`, `stop`, `stop_token_ids`, `stop_regex`, "
     "`temperature`, `top_p`, `top_k`, `min_p`, `frequency_penalty`, `presence_penalty`, "
-    "`repetition_penalty`, `min_new_tokens`, `n`, `json_schema`, `regex`, `ebnf`, `structural_tag`, `ignore_eos`, "
-    "`skip_special_tokens`, `spaces_between_special_tokens`, `no_stop_trim`, `stream_interval`, "
-    "`logit_bias`, `sampling_seed`, `custom_params`, `beam_width`, `watermark`, `choice`"
+    "`repetition_penalty`, `min_new_tokens`, `n`, `json_schema`, `regex`, `ebnf`, `structural_tag`, "
+    "`ignore_eos`, `skip_special_tokens`, `spaces_between_special_tokens`, `no_stop_trim`, "
+    "`stream_interval`, `logit_bias`, `sampling_seed`, `custom_params`, `beam_width`, `watermark`, `choice`"
 )
 MIN_OVER_MAX = "min_new_tokens must be in [0, max_new_tokens(2)], got 9."
 REAL_ONE_DIES = f"outside the vocabulary (0 to {VOCAB - 1}). A real SGLang server dies of this."

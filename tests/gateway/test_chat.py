@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewaykit import TOKENIZER, USER, WEATHER, Gateway, Json, call, cut, gateway_for, sampled, split
+from gatewaykit import END, USER, WEATHER, Gateway, Json, call, cut, gateway_for, sampled, split
 
 from tokentape.gateway.chat import HONOURED, REFUSED
 from tokentape.testing import FakeSGLang, Reply, pseudo_logprob
@@ -284,7 +284,6 @@ async def test_no_content(fake: FakeSGLang, gateway: Gateway, text: str, stream:
     reply = await gateway.chat(session_id, [USER], stream=stream)
     message = reply["choices"][0]["message"]
     assert not message["content"]
-    assert reply["usage"]["completion_tokens"] >= 1 if not stream else True
     await gateway.chat(session_id, [USER, message, USER], stream=stream)
 
 
@@ -299,7 +298,6 @@ async def test_models(gateway: Gateway) -> None:
 async def test_a_token_without_text(fake: FakeSGLang, gateway: Gateway, stream: bool) -> None:
     """Control tokens in the middle of a completion are text; the stop token at its end never is."""
     session_id = await gateway.create()
-    end = TOKENIZER.token_to_id("<|im_end|>")
-    fake.script(Reply([*split("hello"), end, *split("world"), end]))
+    fake.script(Reply([*split("hello"), END, *split("world"), END]))
     reply = await gateway.chat(session_id, [USER], stream=stream)
     assert reply["choices"][0]["message"]["content"] == "hello<|im_end|>world"

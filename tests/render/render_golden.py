@@ -1,11 +1,14 @@
 """What a chat template itself says of a turn and of what follows it: the oracle that `extend` is judged by.
 
-Nothing here calls `extend` or looks at how it works. The template renders the whole conversation, the tokens that
-end a turn come from a table per model, and the bridge is by definition what follows the last of them before the first
-new message's text. `judge` compares an answer of `extend` with that, in both directions: a bridge must be exact, and a
-refusal must be true.
+Nothing here looks at how `extend` works. The template renders the whole conversation, the tokens that end a turn
+come from a table per model, and the bridge is by definition what follows the last of them before the first new
+message's text. `judge` compares an answer of `extend` with that, in both directions: a bridge must be exact, and
+a refusal must be true.
 """
 
+import os.path
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "models"
 
 # What the model samples at the end of a turn of text, and of a turn of calls.
 SAMPLED_END: dict[str, tuple[str, str]] = {
-    "deepseek": ("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "deepseek": ("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001
     "glm": ("<|user|>", "<|observation|>"),
     "gpt-oss": ("<|return|>", "<|call|>"),
     "hermes": ("<|im_end|>", "<|im_end|>"),
@@ -50,7 +53,14 @@ STAND_IN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mistral-small-3.2": (
         (
             *("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]"),
-            *("[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "[TOOL_RESULTS]", "[TOOL_CONTENT]"),
+            *(
+                "[/AVAILABLE_TOOLS]",
+                "[TOOL_CALLS]",
+                "[CALL_ID]",
+                "[ARGS]",
+                "[TOOL_RESULTS]",
+                "[TOOL_CONTENT]",
+            ),
             "[/TOOL_RESULTS]",
         ),
         (),
@@ -115,6 +125,16 @@ class Case:
     new: tuple[Message, ...]
     tools: tuple[Json, ...] = ()
 
+    @property
+    def anchor(self) -> str:
+        """The first new message's text, or the one word in it that is nowhere else."""
+        content = self.new[0].content or ""
+        found = _UNIQUE.search(content)
+        return found[0] if found else content
+
+
+_UNIQUE = re.compile(r"word\d+q")
+
 
 def tool(name: str, **properties: Json) -> Json:
     parameters = {"type": "object", "properties": properties, "required": list(properties)}
@@ -130,14 +150,15 @@ TOOLS = (
 )
 
 
-def says(
-    content: str | None = None, reasoning: str | None = None, calls: Sequence[ToolCall] = ()
-) -> Message:
+def says(content: str | None = None, reasoning: str | None = None, calls: Sequence[ToolCall] = ()) -> Message:
     return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=tuple(calls))
 
 
 def _cases() -> dict[str, Case]:
-    system, user = Message(role="system", content="Be brief."), Message(role="user", content="Weather in Paris?")
+    system, user = (
+        Message(role="system", content="Be brief."),
+        Message(role="user", content="Weather in Paris?"),
+    )
     weather = ToolCall(id="call00001", name="get_weather", arguments='{"city": "Paris", "days": 2}')
     clock = ToolCall(id="call00002", name="get_time", arguments='{"tz": "CET"}')
     sunny = Message(role="tool", content="18C, clear", tool_call_id="call00001")
@@ -147,9 +168,15 @@ def _cases() -> dict[str, Case]:
     return {
         "call": Case("a call, its result", start, says(calls=[weather]), (sunny,), TOOLS),
         "text": Case("text, a user", start, says("Sunny."), (more,)),
-        "two calls": Case("two calls, both results", start, says(calls=[weather, clock]), (sunny, noon), TOOLS),
-        "text+call": Case("text and a call, its result", start, says("Let me look.", None, [weather]), (sunny,), TOOLS),
-        "result+user": Case("a call, its result and a user", start, says(calls=[weather]), (sunny, more), TOOLS),
+        "two calls": Case(
+            "two calls, both results", start, says(calls=[weather, clock]), (sunny, noon), TOOLS
+        ),
+        "text+call": Case(
+            "text and a call, its result", start, says("Let me look.", None, [weather]), (sunny,), TOOLS
+        ),
+        "result+user": Case(
+            "a call, its result and a user", start, says(calls=[weather]), (sunny, more), TOOLS
+        ),
         "thought+call": Case("a thought and a call, its result", start, first, (sunny,), TOOLS),
         "thought+call again": Case(
             "the same a second time", (*start, first, sunny), says(None, "Again.", [clock]), (noon,), TOOLS
@@ -188,12 +215,15 @@ def reference_ids(renderer: Renderer, text: str) -> list[int]:
     return list(renderer.tokenizer._reference.encode(text, add_special_tokens=False).ids)
 
 
-def bridge_text(whole: str, new: Sequence[Message], ends: Sequence[str], *, start: int = 0) -> str:
-    """What follows the turn's last token: the last token that ends a turn before the first new message's text."""
-    anchor = whole.index(new[0].content or "", start)
-    found = max((at + len(end) for end in ends if (at := whole.rfind(end, 0, anchor)) >= 0), default=-1)
-    assert found >= 0, f"no end of turn before {new[0].content!r} in {whole!r}"
-    return whole[found:]
+def split_at_end(whole: str, anchor: str, ends: Sequence[str], *, start: int = 0) -> tuple[str, str, str]:
+    """The text up to the turn's last token, that token, and the bridge behind it.
+
+    That token is the last one that ends a turn before the first new message's text.
+    """
+    before = whole.index(anchor, start)
+    at, end = max((whole.rfind(end, 0, before), end) for end in ends)
+    assert at >= 0, f"no end of turn before {anchor!r} in {whole!r}"
+    return whole[:at], end, whole[at + len(end) :]
 
 
 def pieces(message: Message) -> list[str]:
@@ -211,7 +241,7 @@ def judge(
     preserve: bool = False,
     end: str | None = None,
 ) -> str:
-    """What the answer is worth: `EXACT`, `SEAM`, `KEPT`, or the reason of a refusal that the template confirms.
+    """What the answer is worth: `EXACT`, `SEAM`, `KEPT`, or a reason to refuse that the template confirms.
 
     Raises:
         Drift: the template says otherwise.
@@ -227,48 +257,48 @@ def judge(
         whole = text_of(renderer, frame, [*case.before, case.reply, *case.new])
     except TemplateRefused:
         return _judge_unrendered(renderer, case, answer, preserve=preserve)
-    start = len(os_prefix(prompt, whole))
-    bridge = bridge_text(whole, case.new, ends_of(model), start=start)
-    same_start = whole.startswith(prompt)
-    completion = whole[len(prompt) : len(whole) - len(bridge)] if same_start else None
-    is_whole = completion is not None and completion.endswith(end) and all(p in completion for p in pieces(case.reply))
+    start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071  # of texts
+    _, _, bridge = split_at_end(whole, case.anchor, ends_of(model), start=start)
+    completion = whole[len(prompt) : len(whole) - len(bridge)] if whole.startswith(prompt) else ""
+    shown = Counter(pieces(case.reply))
+    is_whole = completion.endswith(end) and all(completion.count(text) >= n for text, n in shown.items())
     if isinstance(answer, NotExtendable):
         if preserve or is_whole:
             raise Drift(f"{answer}, and yet the template keeps it all: {completion!r}")
         return answer.reason.value
     if not preserve and not is_whole:
         raise Drift(f"extended, and yet the template rewrites it: {whole!r} after {prompt!r}")
+    return judge_bridge(renderer, whole, bridge, answer, (prompt, completion) if is_whole else None)
+
+
+def judge_bridge(
+    renderer: Renderer, whole: str, bridge: str, answer: Rendered, seen: tuple[str, str] | None
+) -> str:
+    """Compare the bridge with the end of the full render, and behind what the model has `seen` with all of it."""
+    decode = renderer.tokenizer.decode
     ids, full = list(answer.run.ids), reference_ids(renderer, whole)
-    if full[len(full) - len(ids) :] != ids or not ids:
-        raise Drift(f"bridge {renderer.tokenizer.decode(ids)!r}, the template writes {bridge!r}")
-    left = renderer.tokenizer.decode(full[: len(full) - len(ids)])
-    if not left.endswith(ends_of(model)) or not same_length(renderer, ids, bridge):
-        raise Drift(f"bridge {renderer.tokenizer.decode(ids)!r}, the template writes {bridge!r}")
-    if not is_whole or completion is None:
+    if not ids or full[-len(ids) :] != ids or decode(ids) != decode(reference_ids(renderer, bridge)):
+        raise Drift(f"bridge {decode(ids)!r}, the template writes {bridge!r}")
+    if seen is None:
         return KEPT
-    head = reference_ids(renderer, prompt) + reference_ids(renderer, completion)
-    if head + ids == full:
+    joined = [i for text in seen for i in reference_ids(renderer, text)] + ids
+    if joined == full:
         return EXACT
-    if renderer.tokenizer.decode(head + ids) != renderer.tokenizer.decode(full):
-        raise Drift(f"{renderer.tokenizer.decode(head + ids)!r} is not {whole!r}")
+    if decode(joined) != decode(full):
+        raise Drift(f"{decode(joined)!r} is not {whole!r}")
     return SEAM
 
 
-def os_prefix(a: str, b: str) -> str:
-    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
-
-
-def same_length(renderer: Renderer, ids: Sequence[int], text: str) -> bool:
-    """Whether ids are that text, where the tokenizer may normalise it."""
-    return renderer.tokenizer.decode(ids) == renderer.tokenizer.decode(reference_ids(renderer, text))
-
-
-def _judge_unrendered(renderer: Renderer, case: Case, answer: Rendered | NotExtendable, *, preserve: bool) -> str:
+def _judge_unrendered(
+    renderer: Renderer, case: Case, answer: Rendered | NotExtendable, *, preserve: bool
+) -> str:
     """The template raises on the whole conversation: only parallel calls may be extended all the same."""
     if isinstance(answer, NotExtendable):
-        if answer.reason is not Rewrite.REFUSED:
+        if answer.reason is not Rewrite.REFUSED and len(case.reply.tool_calls) < 2:
             raise Drift(f"{answer}, and yet the template refuses")
         return answer.reason.value
     if len(case.reply.tool_calls) < 2:
-        raise Drift(f"extended by {renderer.tokenizer.decode(answer.run.ids)!r}, and yet the template refuses")
+        raise Drift(
+            f"extended by {renderer.tokenizer.decode(answer.run.ids)!r}, and yet the template refuses"
+        )
     return KEPT

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from tokentape.demo.agent import solve
 from tokentape.demo.task import Question, make_question, reward
-from tokentape.engines.forward import Forward
+from tokentape.engines.local.forward import Forward
 from tokentape.errors import ConfigError, InternalError
 from tokentape.model import TINY_MODEL
 from tokentape.tokenizer import Tokenizer

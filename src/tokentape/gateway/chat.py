@@ -5,6 +5,7 @@ recorded with the turn (refused too under `--strict`). Nothing is dropped in sil
 """
 
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -342,7 +343,8 @@ class ChunkWriter:
         deltas = [_delta(event) for event in progress.events]
         logprobs = None
         if self._call.logprobs and progress.ids:
-            logprobs = _logprobs(progress.ids, progress.logprobs, self._tokenizer)
+            recorded = array("f", progress.logprobs)  # float32, as in the turn and in a reply without stream
+            logprobs = _logprobs(progress.ids, recorded, self._tokenizer)
             deltas = deltas or [{}]
         if deltas and not self._started:
             self._started = True

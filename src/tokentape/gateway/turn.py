@@ -16,8 +16,8 @@ from tokentape.engines.base import Engine, GenerateRequest, GenerateResult, Toke
 from tokentape.errors import (
     ClientGone,
     ContextOverflow,
-    EngineError,
     InternalError,
+    RequestError,
     StoreError,
     TokentapeError,
 )
@@ -173,7 +173,9 @@ class Turns:
         except asyncio.CancelledError:
             await self._fail(session, ClientGone("the client left before the turn was committed"), num_tokens)
             raise
-        except (EngineError, ClientGone) as error:
+        except RequestError:  # a context that only the engine knows to be too long: nothing was sampled
+            raise
+        except TokentapeError as error:
             await self._fail(session, error, num_tokens)
             raise
         finally:
@@ -259,11 +261,17 @@ class Turns:
                 if isinstance(part, TokenChunk):
                     await emit(Progress(part.ids, part.logprobs, reader.feed(part.ids)))
                 else:
-                    stop_id = part.matched if isinstance(part.matched, int) else None
-                    events, parsed = reader.finish(stop_id)
+                    events, parsed = reader.finish(self._stop_id(part))
                     await emit(Progress((), (), events))
                     return part, parsed
         raise InternalError("the engine client ended without a result")
+
+    def _stop_id(self, result: GenerateResult) -> int | None:
+        """The stop token at the completion's end; an engine may stop at one without naming it."""
+        last = result.completion_ids[-1]
+        if result.matched is None and result.finish_reason == "stop" and last in self._maybe_stop:
+            return last
+        return result.matched if isinstance(result.matched, int) else None
 
     def _parser(self, request: TurnRequest, plan: _Plan) -> Parser:
         tags = self._format.reasoning
@@ -311,7 +319,7 @@ class Turns:
                 logprobs=array("f", result.logprobs),
                 versions=result.versions,
                 finish_reason=result.finish_reason,
-                stop_id=result.matched if isinstance(result.matched, int) else None,
+                stop_id=self._stop_id(result),
                 messages=plan.new,
                 reply=Message(
                     role="assistant",

@@ -13,9 +13,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from tokentape.engines import checkpoint, server
-from tokentape.engines.native import Generation
-from tokentape.engines.stepper import Row, Stepper, failure
+from tokentape.engines.local import checkpoint
+from tokentape.engines.local.stepper import Row, Stepper, failure
+from tokentape.engines.server import app as server
+from tokentape.engines.server.requests import Generation
 from tokentape.errors import EngineUnavailable, RequestError
 
 T = TypeVar("T")

@@ -3,7 +3,7 @@
 import time
 from typing import Any, Protocol
 
-from tokentape.engines.native import Generation, TopLogprobs
+from tokentape.engines.server.requests import Generation, TopLogprobs
 
 
 class Decode(Protocol):

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
-from tokentape.engines.answer import Answer
-from tokentape.engines.native import (
+from tokentape.engines.server.answer import Answer
+from tokentape.engines.server.requests import (
     BadBodyError,
     GenerateBody,
     Generation,

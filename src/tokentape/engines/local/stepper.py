@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from tokentape.engines import checkpoint
-from tokentape.engines.checkpoint import Loaded
-from tokentape.engines.kv import (
+from tokentape.engines.local import checkpoint
+from tokentape.engines.local.checkpoint import Loaded
+from tokentape.engines.local.kv import (
     Batch,
     KeyValues,
     PackedBatch,
@@ -23,8 +23,8 @@ from tokentape.engines.kv import (
     is_packable,
     key_values,
 )
-from tokentape.engines.native import Generation
-from tokentape.engines.sampler import RowSampler, Sampled, floats, sample, top_pairs
+from tokentape.engines.local.sampler import RowSampler, Sampled, floats, sample, top_pairs
+from tokentape.engines.server.requests import Generation
 
 PREFILL_TOKENS = 2048  # per forward pass; bounds the attention's memory on long prompts
 SCORED_TOKENS = 256  # the same where every position's logits are wanted: V floats each

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokentape.engines.native import GREEDY_BELOW, SamplingParams
+from tokentape.engines.server.requests import GREEDY_BELOW, SamplingParams
 
 
 class RowSampler:

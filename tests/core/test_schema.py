@@ -1,0 +1,202 @@
+"""Columns: every field of a turn comes back as it was; names and types are those of DESIGN.md §5."""
+
+import sqlite3
+from array import array
+from dataclasses import fields
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recorded import call, turn
+
+from tokentape.schema import (
+    FAILURES,
+    SAMPLES,
+    SESSIONS,
+    TURNS,
+    create_table,
+    insert_into,
+    row_to_turn,
+    turn_to_row,
+)
+from tokentape.store import Failure, SessionRecord
+from tokentape.tape import Turn
+from tokentape.types import Message, Sampling, TokenRun, ToolCall, VersionSpan
+
+TEXT = st.text(max_size=8)  # hypothesis leaves surrogates out of text()
+MAYBE = st.none() | TEXT
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | TEXT | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=5,
+)  # fmt: skip
+OBJECT = st.dictionaries(TEXT, JSON, max_size=3)
+MESSAGE = st.builds(
+    Message,
+    role=st.sampled_from(["system", "user", "assistant", "tool"]),
+    content=MAYBE,
+    reasoning=MAYBE,
+    tool_calls=st.lists(st.builds(ToolCall, TEXT, TEXT, TEXT), max_size=2).map(tuple),
+    tool_call_id=MAYBE,
+    name=MAYBE,
+)
+FLOAT = st.floats(allow_nan=False, allow_infinity=False)
+SAMPLING = st.builds(
+    Sampling,
+    temperature=st.none() | FLOAT,
+    top_p=st.none() | FLOAT,
+    top_k=st.none() | st.integers(-1, 100),
+    max_tokens=st.none() | st.integers(0, 2**31),
+    stop=st.lists(TEXT, max_size=2).map(tuple),
+    stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=2).map(tuple),
+    seed=st.none() | st.integers(0, 2**63 - 1),
+)
+
+
+@st.composite
+def turns(draw: st.DrawFn) -> Turn:
+    ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
+    completion = draw(ids)
+    size = len(completion)
+    return Turn(
+        turn_id=draw(st.uuids()).hex,
+        parent_id=draw(MAYBE),
+        branch_reason=draw(MAYBE),
+        prompt=TokenRun(draw(ids)),
+        completion=TokenRun(completion),
+        logprobs=array("f", draw(st.lists(st.floats(-1e30, 0, width=32), min_size=size, max_size=size))),
+        versions=tuple(VersionSpan(draw(TEXT), i, i + 1) for i in range(size)),
+        finish_reason=draw(TEXT),
+        stop_id=draw(st.none() | st.integers(0, 2**31 - 1)),
+        messages=tuple(draw(st.lists(MESSAGE, max_size=2))),
+        reply=draw(MESSAGE),
+        in_reasoning=draw(st.booleans()),
+        parse_status=draw(TEXT),
+        attempts=tuple(draw(st.lists(OBJECT, max_size=2))),
+        tools=tuple(draw(st.lists(OBJECT, max_size=2))),
+        arguments=draw(OBJECT),
+        sampling=draw(SAMPLING),
+        neutralised=tuple(draw(st.lists(TEXT, max_size=2))),
+        ignored=tuple(draw(st.lists(TEXT, max_size=2))),
+        num_cached_tokens=draw(st.none() | st.integers(0, 2**40)),
+        created_at=draw(FLOAT),
+    )
+
+
+def through_sql(made: Turn) -> Turn:
+    """The turn after a real table: affinities and all."""
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.row_factory = sqlite3.Row
+        connection.execute(create_table("turns", TURNS))
+        connection.execute(insert_into("turns", TURNS), turn_to_row("s", made))
+        row = connection.execute("SELECT * FROM turns").fetchone()
+        assert row["session_id"] == "s"
+        return row_to_turn(row)
+    finally:
+        connection.close()
+
+
+@given(turns())
+def test_a_turn_comes_back_as_it_was(made: Turn) -> None:
+    back = through_sql(made)
+    for field in fields(Turn):
+        one, other = getattr(made, field.name), getattr(back, field.name)
+        assert (one, type(one), repr(one)) == (other, type(other), repr(other)), field.name
+    assert back.logprobs.tobytes() == made.logprobs.tobytes()  # -0.0 and every last bit
+
+
+NEAR: list[dict[str, Any]] = [
+    {"reply": Message("assistant", None)},
+    {"reply": Message("assistant", "")},
+    {"reply": Message("assistant", None, "")},
+    {"reply": Message("assistant", None, None, (call(id=""),))},
+    {"reply": Message("assistant", None, tool_call_id="")},
+    {"messages": ()},
+    {"messages": (Message("user", None),)},
+    {"messages": (Message("user", ""),)},
+    {"branch_reason": None},
+    {"branch_reason": ""},
+    {"stop_id": None},
+    {"stop_id": 0},
+    {"num_cached_tokens": None},
+    {"num_cached_tokens": 0},
+    {"sampling": Sampling(temperature=0.0)},
+    {"sampling": Sampling(temperature=None)},
+    {"sampling": Sampling(seed=0)},
+    {"arguments": {"a": None}},
+    {"arguments": {}},
+    {"arguments": {"a": 1}},
+    {"arguments": {"a": "1"}},
+    {"in_reasoning": True},
+    {"neutralised": ("",)},
+]
+
+
+def test_values_that_are_near_each_other_stay_apart() -> None:
+    """None, empty and 0 are different things, before and after."""
+    rows = [msgspec.json.encode(turn_to_row("s", turn(**changes))) for changes in NEAR]
+    assert len(set(rows)) >= len({repr(turn(**changes)) for changes in NEAR})
+    for changes in NEAR:
+        assert repr(through_sql(turn(**changes))) == repr(turn(**changes))
+
+
+def test_the_control_a_column_that_loses_something_is_seen() -> None:
+    made = turn(logprobs=array("f", [-0.0, -1.5]))
+    row = turn_to_row("s", made)
+    assert row_to_turn(row) == made
+    assert row_to_turn({**row, "logprobs": array("f", [0.0, -1.25]).tobytes()}) != made
+    assert row_to_turn({**row, "reply": '{"role":"assistant"}'}) != made
+
+
+def test_columns_are_the_fields_of_what_they_hold() -> None:
+    names = [field.name for field in fields(Turn)]
+    assert [c.name for c in TURNS] == [names[0], "session_id", *names[1:]]
+    assert [c.name for c in SESSIONS] == [field.name for field in fields(SessionRecord)]
+    assert [c.name for c in FAILURES] == ["session_id", *(field.name for field in fields(Failure))]
+
+
+@pytest.mark.parametrize("column", [c for c in TURNS if not c.nullable], ids=lambda c: c.name)
+def test_what_is_not_nullable_cannot_be_null(column: Any) -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute(create_table("turns", TURNS))
+    row = {**turn_to_row("s", turn()), column.name: None}
+    with pytest.raises(sqlite3.IntegrityError, match=f"turns.{column.name}"):
+        connection.execute(insert_into("turns", TURNS), row)
+    connection.close()
+
+
+def test_the_sample_columns_are_those_of_the_design() -> None:
+    span = pa.struct([("version", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
+    of_turn = pa.struct(
+        [
+            ("turn_id", pa.string()),
+            ("start", pa.int32()),
+            ("end", pa.int32()),
+            ("finish_reason", pa.string()),
+            ("trained", pa.bool_()),
+            ("parse_status", pa.string()),
+        ]
+    )
+    expected = {
+        "session_id": pa.string(),
+        "sample_id": pa.string(),
+        "branch_reason": pa.string(),
+        "token_ids": pa.list_(pa.int32()),
+        "loss_mask": pa.list_(pa.int8()),
+        "logprobs": pa.list_(pa.float32()),
+        "weight_versions": pa.list_(span),
+        "num_prompt_tokens": pa.int32(),
+        "turns": pa.list_(of_turn),
+        "reward": pa.float64(),
+        "truncated": pa.bool_(),
+        "messages": pa.string(),
+        "tools": pa.string(),
+        "sampling": pa.string(),
+        "metadata": pa.string(),
+    }
+    assert dict(zip(SAMPLES.names, SAMPLES.types, strict=True)) == expected
+    assert [field.name for field in SAMPLES if field.nullable] == ["reward"]

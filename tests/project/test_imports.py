@@ -1,0 +1,120 @@
+"""The import rule: data flows one way. Checked on the syntax tree, so that lazy imports count too."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "tokentape"
+
+# module → what it may import of the package. A name stands for itself and everything below it.
+CORE = {"errors", "types"}
+TEXT = {*CORE, "outline", "template", "tokenizer", "untrusted"}
+LAYERS: dict[str, set[str]] = {
+    "errors": set(),
+    "types": {"errors"},
+    "metrics": set(),
+    "invariants": set(),
+    "model": {"errors"},
+    "grammars": set(),
+    "parse": {*CORE, "grammars"},
+    "tokenizer": CORE,
+    "template": CORE,
+    "outline": CORE,
+    "untrusted": {*CORE, "tokenizer"},
+    "render": TEXT,
+    "formats": {*CORE, "parse", "render"},
+    "tape": CORE,
+    "tree": {*CORE, "outline", "tape"},
+    "schema": {*CORE, "tape", "tree"},
+    "store": {*CORE, "tape", "schema"},
+    "export": {*CORE, "tape", "tree", "schema", "store"},
+    "engines": {*CORE, "engines"},
+    "testing": {*CORE, "engines.base", "testing"},
+    "gateway": {
+        *TEXT, "engines", "export", "formats", "gateway", "metrics", "model", "parse", "render", "schema", "store",
+        "tape", "tree", "",
+    },
+    "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
+    "cli": {*CORE, "demo", "engines", "export", "formats", "gateway", "model", "store", ""},
+    "__main__": {"cli"},
+    "": set(),
+}  # fmt: skip
+# Outside the package: who alone may import it.
+ONLY: dict[str, tuple[str, ...]] = {
+    "torch": ("engines.local",),
+    "transformers": ("engines.local",),
+    "aiohttp.web": ("gateway.app", "engines.server", "testing"),
+    "openai": ("demo",),
+    "sqlite3": ("store",),
+    "jinja2": ("template",),
+    "pyarrow": ("schema", "export", "cli", "demo"),
+    "rich": ("cli", "demo"),
+    "click": ("cli",),
+}
+PURE = ("types", "errors", "outline", "tape", "tree", "parse", "grammars", "invariants")
+IMPURE = {"asyncio", "aiohttp", "socket", "http", "sqlite3", "transformers", "torch"}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module that a source imports, wherever the statement stands; `from a import b` gives `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def under(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(f"{parent}.")
+
+
+def problems(module: str, source: str) -> list[str]:
+    """What `module` imports and may not."""
+    found: list[str] = []
+    layer = next(name for name in (module, *(module.rsplit(".", n)[0] for n in (1, 2)), "") if name in LAYERS)
+    modules = {module_name(path) for path in PACKAGE.rglob("*.py")}
+    for name in set(imports(source)):
+        if under(name, "tokentape"):
+            target = name.removeprefix("tokentape").removeprefix(".")
+            while target and target not in modules:  # a name inside a module
+                target = target.rpartition(".")[0]
+            allowed = any(under(target, a) if a else target == "" for a in LAYERS[layer]) or target == module
+            if not allowed:
+                found.append(f"{module} imports {name}")
+        for outside, owners in ONLY.items():
+            if under(name, outside) and not any(under(module, owner) for owner in owners):
+                found.append(f"{module} imports {name}")
+        if module in PURE and name.split(".")[0] in IMPURE:
+            found.append(f"{module} is pure and imports {name}")
+    return sorted(found)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
+def test_import_rule(path: Path) -> None:
+    assert problems(module_name(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("types", "from tokentape import tree"),
+        ("tree", "def f():\n    from tokentape.render import Renderer"),
+        ("tape", "import asyncio"),
+        ("engines.sglang", "from aiohttp import web"),
+        ("engines.sglang", "import torch"),
+        ("gateway.turn", "import aiohttp.web"),
+        ("gateway.turn", "import tokentape.cli"),
+        ("render", "from tokentape.formats import Format"),
+        ("cli", "from transformers import AutoTokenizer"),
+    ],
+)
+def test_a_broken_rule_is_seen(module: str, source: str) -> None:
+    assert problems(module, source)
