@@ -18,6 +18,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+	$(BIN)/pytest tests/project
 
 live: $(VENV)/ready $(LIVE_DIR)/ready
 	TOKENTAPE_LIVE_DIR=$(LIVE_DIR) TOKENTAPE_ENGINES=$(ENGINES) $(BIN)/pytest -m live
@@ -38,7 +39,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo]' --group dev
 	touch $@
 
-$(LIVE_DIR)/ready: $(ENGINES)/setup_sglang_cpu.sh
+$(LIVE_DIR)/ready: | $(ENGINES)/setup_sglang_cpu.sh
 	mkdir -p $(LIVE_DIR)
 	bash $(ENGINES)/setup_sglang_cpu.sh $(LIVE_DIR)/sglang
 	rm -rf $(LIVE_DIR)/smollm2

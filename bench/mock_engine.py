@@ -9,9 +9,12 @@ import asyncio
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import uvloop
+
+_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 class Completion(msgspec.Struct):
@@ -74,8 +77,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Remember where answers go."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are not of this class
 
     def data_received(self, data: bytes) -> None:
         """Answer when the request is complete."""
@@ -88,7 +90,7 @@ class Connection(asyncio.Protocol):
         body = bytes(self._received[self._body : self._end])
         generates = self._path == b"/generate"
         answer = self._engine.generate(body) if generates else self._engine.question(self._path)
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(answer)
+        head = _HEAD % len(answer)
         if generates:
             self._engine.times_ns.append(time.perf_counter_ns() - started)
         self._transport.write(head + answer)
@@ -108,13 +110,13 @@ class Connection(asyncio.Protocol):
         return True
 
 
-async def main(script: Path) -> None:
-    """Serve until killed; `script` is a `Completion` as JSON."""
-    engine = Engine(msgspec.json.decode(script.read_bytes(), type=Completion))
+async def main(engine: Engine) -> None:
+    """Serve until killed."""
     server = await asyncio.get_running_loop().create_server(lambda: Connection(engine), "127.0.0.1", 0)
     print(f"listening on http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(main(Path(sys.argv[1])))
+    script = Path(sys.argv[1]).read_bytes()
+    uvloop.run(main(Engine(msgspec.json.decode(script, type=Completion))))

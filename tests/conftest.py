@@ -7,9 +7,8 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,32 +39,43 @@ class LiveServer:
     model_dir: Path
 
 
-@pytest.fixture(scope="session", params=sorted(LIVE_MODELS))
-def sglang_server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
-    """SGLang on a free loopback port, one model at a time: 30 to 70 s to start, about 3 GB."""
-    model_dir = LIVE_MODELS[request.param]
+@pytest.fixture(scope="session")
+def sglang_server() -> Iterator[Callable[[str], LiveServer]]:
+    """Start the real SGLang for a model of `LIVE_MODELS`: 30 to 70 s, about 3 GB; one runs at a time."""
+    with contextlib.ExitStack() as stack:
+        running: dict[str, LiveServer] = {}
+
+        def start(name: str) -> LiveServer:
+            if name not in running:
+                running.clear()
+                stack.close()
+                running[name] = stack.enter_context(_served(LIVE_MODELS[name]))
+            return running[name]
+
+        yield start
+
+
+@contextlib.contextmanager
+def _served(model_dir: Path) -> Iterator[LiveServer]:
+    """A free loopback port, a process group of its own, its log in a temporary file."""
     if not list(model_dir.glob("*.safetensors")):
         pytest.fail(f"{model_dir} has no weights: `make live` installs what live tests need")
-    script = ENGINES / "run_sglang_cpu.sh"
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
         port = probe.getsockname()[1]
-    with tempfile.NamedTemporaryFile("w", prefix="sglang-", suffix=".log", delete=False) as log:
+    with tempfile.NamedTemporaryFile("w", prefix="sglang-", suffix=".log") as log:
+        command = [str(ENGINES / "run_sglang_cpu.sh"), str(LIVE_DIR / "sglang"), str(model_dir), str(port)]
         process = subprocess.Popen(
-            ["bash", str(script), str(LIVE_DIR / "sglang"), str(model_dir), str(port)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            ["bash", *command], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    try:
-        _await_health(f"http://127.0.0.1:{port}", process, Path(log.name))
-        yield LiveServer(f"http://127.0.0.1:{port}", model_dir)
-    finally:
-        for signum in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signum)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-    Path(log.name).unlink()
+        try:
+            _await_health(f"http://127.0.0.1:{port}", process, Path(log.name))
+            yield LiveServer(f"http://127.0.0.1:{port}", model_dir)
+        finally:
+            for signum in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signum)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=20)
 
 
 def _await_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -73,9 +83,11 @@ def _await_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> No
     while time.monotonic() < deadline:
         if process.poll() is not None:
             pytest.fail(f"SGLang ended with {process.returncode}; {log} ends:\n{log.read_text()[-2000:]}")
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
+        with (
+            contextlib.suppress(OSError),  # refused, or 503 until the model is loaded
+            urllib.request.urlopen(f"{url}/health", timeout=5) as answer,
+        ):
+            if answer.status == 200:
+                return
         time.sleep(1)
     pytest.fail(f"SGLang was not ready after {_START_S:g} s; {log} ends:\n{log.read_text()[-2000:]}")

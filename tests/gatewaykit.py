@@ -1,4 +1,4 @@
-"""What the tests of gateway, contract and live servers share: a gateway to talk to, an agent, and the checker."""
+"""What tests of gateway, contract and live servers share: a gateway, an agent, and the checker."""
 
 import contextlib
 import json
@@ -31,7 +31,10 @@ WEATHER: Json = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-CLOCK: Json = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+CLOCK: Json = {
+    "type": "function",
+    "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}},
+}
 USER: Json = {"role": "user", "content": "hello world"}
 
 
@@ -154,7 +157,9 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def openai(self, session_id: str, **options: Any) -> AsyncGenerator[AsyncOpenAI]:
         base_url = f"{self.url}/sessions/{session_id}/v1"
-        async with AsyncOpenAI(**{"base_url": base_url, "api_key": "unused", "max_retries": 0, **options}) as client:
+        async with AsyncOpenAI(
+            **{"base_url": base_url, "api_key": "unused", "max_retries": 0, **options}
+        ) as client:
             yield client
 
 
@@ -242,7 +247,7 @@ def turn_id_of(rid: str) -> str:
 
 
 def assert_samples_match(seen: Iterable[Seen], samples: Sequence[Json], *, num_turns: int) -> None:
-    """Samples hold exactly what the engine saw and sampled in `num_turns` committed turns, each trained once."""
+    """Samples hold what the engine saw and sampled in `num_turns` committed turns, each trained once."""
     by_turn = {s.turn_id: s for s in seen}
     trained: list[str] = []
     for sample in samples:
@@ -257,13 +262,17 @@ def assert_samples_match(seen: Iterable[Seen], samples: Sequence[Json], *, num_t
             if before is not None:
                 parent = by_turn[before["turn_id"]]
                 so_far = parent.input_ids + parent.output_ids
-                assert engine.input_ids[: len(so_far)] == so_far, f"{turn['turn_id']} does not extend its parent"
+                assert engine.input_ids[: len(so_far)] == so_far, (
+                    f"{turn['turn_id']} does not extend its parent"
+                )
             assert mask[start:end] == [int(turn["trained"])] * (end - start)
             if turn["trained"]:
                 trained.append(turn["turn_id"])
                 assert logprobs[start:end] == array("f", engine.logprobs).tolist()
                 rest[start:end] = [False] * (end - start)
-        assert not any(mask[i] for i, untouched in enumerate(rest) if untouched), "a token is trained that was not sampled"
+        assert not any(mask[i] for i, untouched in enumerate(rest) if untouched), (
+            "a token is trained that was not sampled"
+        )
         assert all(logprobs[i] is None for i, untouched in enumerate(rest) if untouched)
         assert sample["num_prompt_tokens"] == sample["turns"][0]["start"]
         assert sample["sample_id"] == sample["turns"][-1]["turn_id"]
@@ -298,4 +307,6 @@ class Agent:
     def results(self, text: str = "sunny") -> list[Json]:
         """A result for every call of the last reply."""
         calls = self.messages[-1]["tool_calls"]
-        return [{"role": "tool", "tool_call_id": c["id"], "content": f"{text} {i}"} for i, c in enumerate(calls)]
+        return [
+            {"role": "tool", "tool_call_id": c["id"], "content": f"{text} {i}"} for i, c in enumerate(calls)
+        ]

@@ -1,6 +1,29 @@
 """Train the bundled model: a tiny Qwen3 that answers arithmetic questions with a calculator.
 
-DOCSTRING
+It writes a checkpoint directory (default: the one in the package) with a byte-level BPE tokenizer of 1024
+entries, a Qwen3 of 1.97 M parameters (4 layers, hidden size 192; 3.9 MB in bf16) and its settings; the chat
+template there is written by hand. All data is generated (`conversations.py`); data, first weights and BPE
+dropout come from `--seed`, so that seed, steps and number of threads fix a run on one machine.
+
+    python models/tiny/train.py                      # the bundled model: seed 0, 1200 steps
+    python models/tiny/train.py --smoke --out DIR    # a few steps, to see that everything runs
+    python models/tiny/train.py --evaluate-only      # measure what is there
+
+Measured on the bundled weights (bf16, loaded back and run in float32; 400 episodes at temperature 1, seed 0):
+
+    valid first calls            98.5 %
+    right answers                58.2 %
+    non-canonical completions    18.1 %
+    turns per episode            2.65
+
+1200 steps saw 2.7 M tokens and took 20.8 minutes with two threads on two busy cores (2,200 tokens/s).
+
+Two habits keep it interesting: the demonstrator errs (`conversations.SLIP`), so a policy-gradient step has
+something to gain, and a fifth of the completions are drawn with BPE dropout, so the model samples ids that a
+re-encoding of its text would not give back, about as often as real models do (18 to 24 %).
+
+What makes it quick: the first half of the steps leaves out the system turn, whose tool list is half of the
+tokens; Muon for the matrices; bf16 autocast over float32 weights.
 """
 
 import argparse

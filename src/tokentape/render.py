@@ -3,9 +3,8 @@ r"""Messages → prompt ids: `render` a whole conversation, or `extend` a record
 `extend` finds the bridge from the template itself. It renders a short stand-in conversation in which the
 sampled assistant turn carries sentinels, once as the last turn and once followed by the new messages:
 
-    as last    …<|im_start|>assistant\nSENTINEL<|im_end|>\n followed
-    …<|im_start|>assistant\nSENTINEL<|im_end|>\n<|im_start|>user\nnew
-    text<|im_end|>\n<|im_start|>assistant\n
+    as last    …<|im_start|>assistant\nSENTINEL<|im_end|>\n
+    followed   …<|im_start|>assistant\nSENTINEL<|im_end|>\n<|im_start|>user\nnew text<|im_end|>\n…
 
 What both have after the sentinel is how the template closes a turn. The stop token that the model sampled is
 found there (or right behind it, where it doubles as the next opener); the bridge is what follows. A
@@ -21,6 +20,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from tokentape.errors import ConfigError, TemplateRefused
 from tokentape.outline import Outline
@@ -130,7 +131,7 @@ class Renderer:
         self.template = template
         self._preserve = history == "preserve"
         self._sentinel = f"tt{secrets.token_hex(6)}"  # untrusted text cannot forge what it cannot guess
-        # One tool makes a template show all that it shows with tools; the real ones cost more than what is new.
+        # One tool makes a template show all that it shows with tools; the real ones may be long.
         self._tool_name = f"{self._sentinel}t"
         function = {**PROBE_TOOL["function"], "name": self._tool_name}
         self._tools: tuple[Json, ...] = ({**PROBE_TOOL, "function": function},)
@@ -178,7 +179,11 @@ class Renderer:
         Raises:
             RequestError: a tool call in `new` has arguments that the template cannot take.
         """
-        plain = [self.template.to_json(m) for m in new]
+        names: Json = {"role": "assistant", "names": [call.name for call in ended.message.tool_calls]}
+        plain = [
+            names,
+            *(self.template.to_json(m) for m in new),
+        ]  # Harmony shows the call's name with a result
         _, dicts, marking = mark_untrusted(self.tokenizer, (), plain)
         stand_in = Frame(self._tools if frame.tools else (), frame.arguments)
         seam = self._find_seam(stand_in, outline, ended, dicts)
@@ -194,11 +199,14 @@ class Renderer:
         return outline.followed_by(new, self.template.content_tests)
 
     def _find_seam(
-        self, frame: Frame, outline: Outline, ended: Ended, new: Sequence[Json]
+        self, frame: Frame, outline: Outline, ended: Ended, marked: Sequence[Json]
     ) -> _Seam | NotExtendable:
-        """The bridge's text under a frame, or why there is none."""
+        """The bridge's text, or why there is none. `marked` are the calls' names, then the new messages."""
+        names, *new = marked
+        named = zip(ended.message.tool_calls, names["names"], strict=True)
+        calls = tuple(ToolCall(id=call.id, name=name, arguments=call.arguments) for call, name in named)
         try:
-            probe = self._probe(frame, outline, ended.message, new)
+            probe = self._probe(frame, outline, replace(ended.message, tool_calls=calls), new)
             rewrite = None if self._preserve else self._rewrite(frame, outline, ended, probe)
         except TemplateRefused as error:
             return NotExtendable(Rewrite.REFUSED, str(error))
@@ -217,7 +225,8 @@ class Renderer:
                 raise
             probe = self._render_probe(frame, outline, message, message.tool_calls[:1], new)
         if self._preserve and not any(mark in probe.followed for mark in probe.sentinels):
-            return self._render_probe(frame, outline, Message(role="assistant", content="x"), (), new)
+            plain = Message(role="assistant", content="x", reasoning=message.reasoning)
+            return self._render_probe(frame, outline, plain, (), new)
         return probe
 
     def _render_probe(
@@ -277,11 +286,12 @@ class Renderer:
             )
         if any(mark not in followed for mark in probe.calls):
             return NotExtendable(Rewrite.TOOL_CALLS, "the turn's tool calls are not rendered")
-        if (
-            ended.message.reasoning == ""
-        ):  # an empty thought has no text to look for: compare what surrounds it
-            start, end = len(prompt), min(followed.index(mark) for mark in probe.sentinels)
-            if probe.last[start:end] != followed[start:end]:
+        if ended.message.reasoning == "":  # an empty thought has no text: compare how the turn opens
+            opening, opened = (
+                text[len(prompt) : min((text.index(m) for m in probe.sentinels if m in text), default=0)]
+                for text in (followed, probe.last)
+            )
+            if opening != opened:
                 return NotExtendable(
                     Rewrite.REASONING, "the turn's empty thought is not rendered once these follow"
                 )
@@ -289,39 +299,43 @@ class Renderer:
 
     def _seam(self, ended: Ended, probe: _Probe) -> _Seam | NotExtendable:
         """Where the sampled text ends in `followed`, and with it the bridge."""
+        if ended.in_reasoning and ended.stop_id is None:
+            return self._thought_seam(probe)
         marks = [mark for mark in probe.sentinels if mark in probe.followed and mark in probe.last]
-        open_thought = ended.in_reasoning and ended.stop_id is None
-        if open_thought:
-            marks = [mark for mark in marks if mark == probe.reasoning]
         if not marks:
             return NotExtendable(
                 Rewrite.CONTENT, "nothing of the turn is rendered once these messages follow"
             )
         tail = probe.followed[max(probe.followed.rindex(m) + len(m) for m in marks) :]
-        if open_thought:
-            return _Seam(tail, None)  # the template closes the thought, then the turn
         last_tail = probe.last[max(probe.last.rindex(m) + len(m) for m in marks) :]
         closing = self._closing(tail, last_tail)
+        special = self.tokenizer.special_tokens
+        ends = [m.start() for m in self.tokenizer.control_pattern.finditer(closing) if m[0] in special]
         if ended.stop_id is not None:
             stop = self.tokenizer.token_text(ended.stop_id)
             if stop in closing:
                 return _Seam(tail[closing.rindex(stop) + len(stop) :], stop)
-            if tail.startswith(stop, len(closing)):  # the stop token doubles as the next opener (GLM)
+            if not ends and tail.startswith(stop, len(closing)):  # it doubles as the next opener (GLM)
                 return _Seam(tail[len(closing) + len(stop) :], stop)
             other = self.tokenizer.control_pattern.match(tail, len(closing))
-            if (
-                stop in last_tail and other is not None
-            ):  # it ends a last turn, and another token an earlier one
+            if stop in last_tail and other is not None:  # a last turn ends with it, an earlier one otherwise
                 if not self._preserve:
                     return NotExtendable(
                         Rewrite.END_OF_TURN, f"{stop} becomes {other[0]} once messages follow"
                     )
                 return _Seam(tail[other.end() :], stop)
-        # Cut by length, by a stop string, or stopped by a token that this template does not write: close the
-        # turn.
-        special = self.tokenizer.special_tokens
-        ends = [m.start() for m in self.tokenizer.control_pattern.finditer(closing) if m[0] in special]
+        # Cut by length or a stop string, or stopped by a token that this template does not write: close it.
         return _Seam(tail[ends[-1] if ends else len(closing) :], None)
+
+    def _thought_seam(self, probe: _Probe) -> _Seam | NotExtendable:
+        """The bridge after a thought that was cut: the template closes the thought, then the turn."""
+        thought, content, last, followed = probe.reasoning, probe.content, probe.last, probe.followed
+        if thought and thought in followed:
+            return _Seam(followed[followed.rindex(thought) + len(thought) :], None)
+        if thought and content and thought in last and content in last and content in followed:
+            closing = last[last.rindex(thought) + len(thought) : last.rindex(content)]
+            return _Seam(closing + followed[followed.rindex(content) + len(content) :], None)
+        return NotExtendable(Rewrite.REASONING, "the thought is not rendered once these messages follow")
 
     def _closing(self, tail: str, last_tail: str) -> str:
         """How the template closes a turn: what both texts begin with, no control token torn."""

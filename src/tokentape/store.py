@@ -106,6 +106,7 @@ class _Work:
     """One change or question for the store's thread; `done` is answered on the loop that asked."""
 
     run: Callable[[sqlite3.Connection], Any]
+    writes: bool
     done: "asyncio.Future[Any]"
     loop: asyncio.AbstractEventLoop
 
@@ -183,7 +184,7 @@ class SQLiteStore:
                 tuple(Failure(**{c.name: row[c.name] for c in FAILURES[1:]}) for row in failures),
             )
 
-        return await self._do(run)
+        return await self._do(run, writes=False)
 
     async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
         """Sessions in the order of their ids, from the first behind `after`."""
@@ -196,7 +197,7 @@ class SQLiteStore:
             )
             return [_record(row) for row in rows]
 
-        return await self._do(run)
+        return await self._do(run, writes=False)
 
     async def aclose(self) -> None:
         """Finish what is waiting and close."""
@@ -224,13 +225,14 @@ class SQLiteStore:
             connection.execute(f"SELECT {names} FROM {name} LIMIT 0")  # noqa: S608  # not somebody else's table
         connection.execute("CREATE INDEX IF NOT EXISTS turns_by_session ON turns (session_id)")
         connection.execute("CREATE INDEX IF NOT EXISTS failures_by_session ON failures (session_id)")
-        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        if version < SCHEMA_VERSION:
+            connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
-    async def _do(self, run: Callable[[sqlite3.Connection], T]) -> T:
+    async def _do(self, run: Callable[[sqlite3.Connection], T], *, writes: bool = True) -> T:
         if self._closed:
             raise StoreError("the store is closed")
         loop = asyncio.get_running_loop()
-        work = _Work(run, loop.create_future(), loop)
+        work = _Work(run, writes, loop.create_future(), loop)
         self._queue.put(work)
         return await work.done
 
@@ -250,7 +252,8 @@ class SQLiteStore:
     def _transact(self, batch: list[_Work]) -> None:
         """Run a batch in one transaction; where that fails, each change in its own."""
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
+            # A question takes no write lock: an export must not hold up the gateway that writes to its file.
+            self._connection.execute("BEGIN IMMEDIATE" if any(work.writes for work in batch) else "BEGIN")
             results = [work.run(self._connection) for work in batch]
             self._connection.execute("COMMIT")
         except Exception as error:  # a boundary: whatever a row cannot be turned into must not end the thread

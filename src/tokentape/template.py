@@ -30,15 +30,19 @@ class ChatTemplate:
     some print "None").
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], *, tool_source: str | None = None
+    ) -> None:
+        """Compile `source`, and `tool_source` where a model has another template for requests with tools."""
         environment = _environment()
+        self.source = source if tool_source is None else f"{source}\n{tool_source}"
         try:
             self._template = environment.from_string(source)
-            tree = environment.parse(source)
+            self._tool_template = environment.from_string(source if tool_source is None else tool_source)
+            tree = environment.parse(self.source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
-        self.source = source
         self.literal_text = _literal_text(tree)
         self.content_tests = _content_tests(tree)
         self.arguments_as_text = False
@@ -53,18 +57,20 @@ class ChatTemplate:
             ConfigError: neither file has a template; it names both.
         """
         config_path = directory / "tokenizer_config.json"
-        config: Json = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+        config = _read_json(config_path) if config_path.exists() else {}
         path = directory / "chat_template.jinja"
         source: Any = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
-        if isinstance(source, list):  # several named templates: transformers takes this one by default
+        tool_source: str | None = None
+        if isinstance(source, list):  # several named templates: transformers takes these two by itself
             listed = cast("list[dict[str, str]]", source)
-            source = {t["name"]: t["template"] for t in listed}.get("default")
+            named = {t["name"]: t["template"] for t in listed}
+            source, tool_source = named.get("default"), named.get("tool_use")
         if not isinstance(source, str):
             raise ConfigError(
                 f"no chat template: neither {path} nor a `chat_template` in {config_path} exists; "
                 "copy the template of the model you train into the directory"
             )
-        return cls(source, _special_tokens(config))
+        return cls(source, _special_tokens(config), tool_source=tool_source)
 
     def render(
         self,
@@ -81,7 +87,7 @@ class ChatTemplate:
         """
         variables = {**self._special_tokens, **arguments}
         try:
-            return self._template.render(
+            return (self._tool_template if tools else self._template).render(
                 messages=messages,
                 tools=list(tools) if tools else None,
                 documents=None,
@@ -92,7 +98,7 @@ class ChatTemplate:
             raise TemplateRefused(
                 f"the model's chat template refuses this conversation: {error.message}"
             ) from error
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise TemplateRefused(f"the model's chat template fails on this conversation: {error}") from error
 
     def to_json(self, message: Message) -> Json:
@@ -210,6 +216,16 @@ def _environment() -> ImmutableSandboxedEnvironment:
         {"raise_exception": raise_exception, "strftime_now": strftime_now}
     )
     return environment
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return cast("Json", value)
 
 
 def _special_tokens(config: Json) -> dict[str, str]:

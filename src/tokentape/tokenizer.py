@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +21,8 @@ from tokentape.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# A control token looks like <this>, [THIS], or MiniMax's [e~[ and ]~b]. Ordinary added tokens (Gemma's runs of
-# newlines, `/nothink`) do not.
+# A control token looks like <this>, [THIS], or MiniMax's [e~[ and ]~b]. Ordinary added tokens (Gemma's runs
+# of newlines, `/nothink`) do not.
 _BRACKETED = re.compile(r"^[<\[\]]\S.*[>\[\]]$", re.DOTALL)
 
 # Beside the model's own template and control tokens: scripts, digits, code, runs of whitespace, emoji, odd
@@ -83,8 +83,9 @@ class Tokenizer:
 
     `control_tokens` are the texts that a template may write and an untrusted text may not: special added
     tokens, and other bracketed added tokens that `template_text` contains. `added_ids` are the ids of all
-    added tokens: a stop token is one of them. `vocab_size` is the largest id + 1. `num_ids` ids can be
-    decoded, where the model has more of them.
+    added tokens: a stop token is one of them. `untrusted_pattern` finds control tokens in a string,
+    and texts that the template would complete to one; `completed` says to which. `vocab_size` is the largest
+    id + 1. `num_ids` ids can be decoded, where the model has more of them.
     """
 
     def __init__(self, path: Path, *, template_text: str = "", num_ids: int | None = None) -> None:
@@ -112,6 +113,8 @@ class Tokenizer:
         self.special_tokens = frozenset(t["content"] for t in added if t["special"])
         longest_first = sorted(map(re.escape, self.control_tokens), key=len, reverse=True)
         self.control_pattern = re.compile("|".join(longest_first) or r"(?!)")
+        self.completed, completions = _completions(self.control_tokens, template_text.split("\0"))
+        self.untrusted_pattern = re.compile("|".join([*longest_first, *completions]) or r"(?!)")
         # Models pad their vocabulary: an id without a token can be sampled, and means no text.
         self._bytes = _byte_table(spec, self._vocab, max(self.vocab_size, num_ids or 0))
         probes = [*_PROBES, template_text, "".join(f"a{t['content']} b" for t in added), template_text[::-1]]
@@ -209,6 +212,30 @@ class _GenericStream:
 
     def finish(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special_tokens=False)[self._num_chars :]
+
+
+def _completions(tokens: Collection[str], literals: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Texts that a template's own text around them completes to a control token, and patterns to find them.
+
+    Qwen3-Coder writes `<` + a schema's key + `>`: the key `|im_end|` would end the turn. Each text is mapped
+    to its token; a pattern says whether it must begin, end or be the whole string.
+    """
+    longest = max(map(len, tokens), default=0)
+    heads = {text[:n] for text in literals for n in range(1, min(len(text), longest) + 1)}
+    tails = {text[-n:] for text in literals for n in range(1, min(len(text), longest) + 1)}
+    completed: dict[str, str] = {}
+    patterns: list[str] = []
+    for token in tokens:
+        starts = [n for n in range(len(token)) if not n or token[:n] in tails]
+        ends = [n for n in range(1, len(token) + 1) if n == len(token) or token[n:] in heads]
+        for start in starts:
+            for end in ends:
+                middle = token[start:end]
+                if middle and middle != token:
+                    completed[middle] = token
+                    before, after = r"\A" if start else "", r"\Z" if end < len(token) else ""
+                    patterns.append(f"{before}{re.escape(middle)}{after}")
+    return completed, patterns
 
 
 def _choose_backend(path: Path, reference: tokenizers.Tokenizer, probes: list[str]) -> tuple[_Backend, str]:

@@ -37,16 +37,19 @@ def mark_untrusted(
         RequestError: the conversation uses up every noncharacter that could serve as mark.
     """
 
-    def forbidden(token: str, *, assistant: bool) -> bool:
-        return not assistant or token in tokenizer.special_tokens
+    def forbidden(text: str, *, assistant: bool) -> bool:
+        return not assistant or tokenizer.completed.get(text, text) in tokenizer.special_tokens
 
-    sources = [(tool, False) for tool in tools] + [(m, m["role"] == "assistant") for m in messages]
+    roles = [m["role"] for m in messages]  # trusted, and a template may write them inside its control tokens
+    bodies: list[Json] = [{k: v for k, v in m.items() if k != "role"} for m in messages]
+    sources: list[tuple[Json, bool]] = [(tool, False) for tool in tools]
+    sources += [(body, role == "assistant") for body, role in zip(bodies, roles, strict=True)]
     found = {
-        token
+        tokenizer.completed.get(match[0], match[0])
         for source, assistant in sources
         for text in _strings(source)
-        for token in tokenizer.control_pattern.findall(text)
-        if forbidden(token, assistant=assistant)
+        for match in tokenizer.untrusted_pattern.finditer(text)
+        if forbidden(match[0], assistant=assistant)
     }
     if not found:
         return tools, messages, Marking()
@@ -59,13 +62,14 @@ def mark_untrusted(
 
     def marked(source: Json, *, assistant: bool) -> Json:
         def put(text: str) -> str:
-            return tokenizer.control_pattern.sub(
+            return tokenizer.untrusted_pattern.sub(
                 lambda m: m[0][0] + mark + m[0][1:] if forbidden(m[0], assistant=assistant) else m[0], text
             )
 
         return _mapped(source, put)
 
     done = [marked(source, assistant=assistant) for source, assistant in sources]
+    done[len(tools) :] = [{"role": r, **body} for r, body in zip(roles, done[len(tools) :], strict=True)]
     return done[: len(tools)], done[len(tools) :], Marking(mark, tuple(sorted(found)))
 
 

@@ -69,9 +69,22 @@ def turn(turn_id: str = "t", **changes: Any) -> Turn:
     return Turn(**values | changes)
 
 
+def new_messages(messages: Sequence[Message], num_matched: int, parent: Turn | None) -> tuple[Message, ...]:
+    """What a turn adds, as the gateway records it: results under the ids of the calls that were sampled."""
+    out: list[Message] = []
+    keys = keys_of([know(message) for message in messages])
+    calls = parent.reply.tool_calls if parent is not None else ()
+    for message, key in zip(messages[num_matched:], keys[num_matched:], strict=True):
+        if message.role == "assistant":
+            calls = ()  # what follows answers these calls
+        known = 0 <= key.ordinal < len(calls)
+        out.append(msgspec.structs.replace(message, tool_call_id=calls[key.ordinal].id) if known else message)
+    return tuple(out)
+
+
 @dataclass
 class Recorder:
-    """What the gateway does around a tree, without tokens that mean anything: attach, sample `reply`, commit."""
+    """What the gateway does around a tree, with tokens that mean nothing: attach, sample, commit."""
 
     tree: Tree = field(default_factory=lambda: Tree(()))
     ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(100))
@@ -80,7 +93,7 @@ class Recorder:
     def plan(
         self, messages: Sequence[Message], tools: tuple[Json, ...] = (), arguments: Json | None = None
     ) -> tuple[Turn | None, int, str | None]:
-        """The turn that a request continues, how many of its messages are recorded, why it starts a branch."""
+        """The turn that a request continues, how many messages are recorded, why it starts a branch."""
         frame = frame_key(tools, arguments or {})
         keys = keys_of([know(message) for message in messages])
         found = self.tree.attach(frame, keys)
@@ -104,7 +117,7 @@ class Recorder:
             branch_reason=reason,
             prompt=[next(self.ids) for _ in range(3)],
             completion=changes.pop("completion", [next(self.ids) for _ in range(2)]),
-            messages=tuple(messages[num_matched:]),
+            messages=new_messages(messages, num_matched, parent),
             reply=reply,
             tools=tools,
             arguments=arguments or {},

@@ -1,4 +1,4 @@
-"""The checker of exported samples: silent on good rows, and for each rule one corruption that it alone reports."""
+"""The checker of samples: silent on good rows; for each rule one corruption that it alone reports."""
 
 import copy
 import math
@@ -102,53 +102,134 @@ CORRUPTIONS: dict[str, tuple[Callable[[Rows], None], str]] = {
     "a column is null": (_set(0, "branch_reason", None), "sample t3: branch_reason is a NoneType"),
     "a number is a bool": (_set(0, "num_prompt_tokens", True), "sample t3: num_prompt_tokens is a bool"),
     "a struct is none": (_set(0, "turns", 3, 1), "sample t3: turns[1] is a int"),
-    "a field of a turn is missing": (_drop(0, "turns", 1, "parse_status"), "sample t3: turns[1].parse_status is not a str"),
-    "a field of a span is wrong": (_set(1, "weight_versions", 2, 0, "version"), "sample t4: weight_versions[0].version is not a str"),
+    "a field of a turn is missing": (
+        _drop(0, "turns", 1, "parse_status"),
+        "sample t3: turns[1].parse_status is not a str",
+    ),
+    "a field of a span is wrong": (
+        _set(1, "weight_versions", 2, 0, "version"),
+        "sample t4: weight_versions[0].version is not a str",
+    ),
     "no turn at all": (_set(0, "turns", []), "sample t3: there is no turn"),
     # arrays
-    "a token lost": (_drop(0, "token_ids", 9), "sample t3: arrays of different lengths: token_ids 9, loss_mask 10, logprobs 10"),
-    "a mask lost": (_drop(0, "loss_mask", 9), "sample t3: arrays of different lengths: token_ids 10, loss_mask 9, logprobs 10"),
-    "a log-probability lost": (_drop(0, "logprobs", 0), "sample t3: arrays of different lengths: token_ids 10, loss_mask 10, logprobs 9"),
+    "a token lost": (
+        _drop(0, "token_ids", 9),
+        "sample t3: arrays of different lengths: token_ids 9, loss_mask 10, logprobs 10",
+    ),
+    "a mask lost": (
+        _drop(0, "loss_mask", 9),
+        "sample t3: arrays of different lengths: token_ids 10, loss_mask 9, logprobs 10",
+    ),
+    "a log-probability lost": (
+        _drop(0, "logprobs", 0),
+        "sample t3: arrays of different lengths: token_ids 10, loss_mask 10, logprobs 9",
+    ),
     "a negative id": (_set(0, "token_ids", -1, 9), "sample t3: token_ids holds -1"),
     "an id beyond int32": (_set(0, "token_ids", 2**31, 9), "sample t3: token_ids holds 2147483648"),
     "an id that is none": (_set(0, "token_ids", 5.0, 9), "sample t3: token_ids holds 5.0"),
     "a mask of 2": (_set(0, "loss_mask", 2, 9), "sample t3: loss_mask holds 2, not 0 or 1"),
     "a mask of True": (_set(0, "loss_mask", True, 9), "sample t3: loss_mask holds True, not 0 or 1"),
     # provenance
-    "a mask flipped on in a prompt": (_set(0, "loss_mask", 1, 0), "sample t3: token 0: mask 1 outside every turn's completion"),
-    "a mask flipped on in a bridge": (_set(0, "loss_mask", 1, 6), "sample t3: token 6: mask 1 outside every turn's completion"),
-    "a mask flipped off": (_set(0, "loss_mask", 0, 8), "sample t3: turn t3: trained, but its mask is not all 1"),
-    "a mask in a turn that is not trained": (_set(0, "loss_mask", 1, 4), "sample t3: turn t1: not trained, but has mask 1"),
-    "0.0 for null": (_set(0, "logprobs", 0.0, 0), "sample t3: token 0: mask 0 with log-probability 0.0, not null"),
-    "null for a log-probability": (_set(0, "logprobs", None, 9), "sample t3: token 9: mask 1 without a log-probability"),
+    "a mask flipped on in a prompt": (
+        _set(0, "loss_mask", 1, 0),
+        "sample t3: token 0: mask 1 outside every turn's completion",
+    ),
+    "a mask flipped on in a bridge": (
+        _set(0, "loss_mask", 1, 6),
+        "sample t3: token 6: mask 1 outside every turn's completion",
+    ),
+    "a mask flipped off": (
+        _set(0, "loss_mask", 0, 8),
+        "sample t3: turn t3: trained, but its mask is not all 1",
+    ),
+    "a mask in a turn that is not trained": (
+        _set(0, "loss_mask", 1, 4),
+        "sample t3: turn t1: not trained, but has mask 1",
+    ),
+    "0.0 for null": (
+        _set(0, "logprobs", 0.0, 0),
+        "sample t3: token 0: mask 0 with log-probability 0.0, not null",
+    ),
+    "null for a log-probability": (
+        _set(0, "logprobs", None, 9),
+        "sample t3: token 9: mask 1 without a log-probability",
+    ),
     "NaN": (_set(0, "logprobs", math.nan, 9), "sample t3: token 9: nan is no log-probability"),
     "minus infinity": (_set(0, "logprobs", -math.inf, 9), "sample t3: token 9: -inf is no log-probability"),
     "above 0": (_set(0, "logprobs", 0.01, 9), "sample t3: token 9: 0.01 is no log-probability"),
     "a text": (_set(0, "logprobs", "-1", 9), "sample t3: token 9: '-1' is no log-probability"),
     # versions
     "a span lost": (_drop(1, "weight_versions", 2), "sample t4: token 8: mask 1 without a version"),
-    "a span too short": (_set(0, "weight_versions", 9, 0, "end"), "sample t3: token 9: mask 1 without a version"),
-    "a span too long": (_set(0, "weight_versions", 7, 0, "start"), "sample t3: token 7: mask 0 with a version"),
-    "a span of a turn that is not trained": (_set(0, "weight_versions", [SPAN, {"version": "v", "start": 8, "end": 10}]), "sample t3: token 3: mask 0 with a version"),
-    "a span outside": (_set(0, "weight_versions", 11, 0, "end"), "sample t3: version span 8:11 is empty or outside the tape"),
-    "an empty span": (_set(1, "weight_versions", 3, 0, "end"), "sample t4: version span 3:3 is empty or outside the tape"),
-    "overlapping spans": (_set(1, "weight_versions", 5, 0, "end"), "sample t4: version span 4:5 overlaps the one before or is out of order"),
-    "spans out of order": (lambda rows: rows[1]["weight_versions"].reverse(), "sample t4: version span 8:10 overlaps the one before or is out of order"),
+    "a span too short": (
+        _set(0, "weight_versions", 9, 0, "end"),
+        "sample t3: token 9: mask 1 without a version",
+    ),
+    "a span too long": (
+        _set(0, "weight_versions", 7, 0, "start"),
+        "sample t3: token 7: mask 0 with a version",
+    ),
+    "a span of a turn that is not trained": (
+        _set(0, "weight_versions", [SPAN, {"version": "v", "start": 8, "end": 10}]),
+        "sample t3: token 3: mask 0 with a version",
+    ),
+    "a span outside": (
+        _set(0, "weight_versions", 11, 0, "end"),
+        "sample t3: version span 8:11 is empty or outside the tape",
+    ),
+    "an empty span": (
+        _set(1, "weight_versions", 3, 0, "end"),
+        "sample t4: version span 3:3 is empty or outside the tape",
+    ),
+    "overlapping spans": (
+        _set(1, "weight_versions", 5, 0, "end"),
+        "sample t4: version span 4:5 overlaps the one before or is out of order",
+    ),
+    "spans out of order": (
+        lambda rows: rows[1]["weight_versions"].reverse(),
+        "sample t4: version span 8:10 overlaps the one before or is out of order",
+    ),
     # turns
-    "turns out of order": (lambda rows: rows[0]["turns"].reverse(), "sample t3: turn t1: span 3:5 overlaps or is out of order"),
-    "overlapping turns": (_set(0, "turns", 4, 1, "start"), "sample t3: turn t3: span 4:10 overlaps or is out of order"),
+    "turns out of order": (
+        lambda rows: rows[0]["turns"].reverse(),
+        "sample t3: turn t1: span 3:5 overlaps or is out of order",
+    ),
+    "overlapping turns": (
+        _set(0, "turns", 4, 1, "start"),
+        "sample t3: turn t3: span 4:10 overlaps or is out of order",
+    ),
     "a turn outside": (_set(0, "turns", 11, 1, "end"), "sample t3: turn t3: span 8:11 is outside the tape"),
-    "a turn that ends before it starts": (_set(0, "turns", 7, 1, "end"), "sample t3: turn t3: span 8:7 is outside the tape"),
-    "tokens after the last turn": (_set(0, "turns", 9, 1, "end"), "sample t3: 1 tokens follow the last turn's completion"),
+    "a turn that ends before it starts": (
+        _set(0, "turns", 7, 1, "end"),
+        "sample t3: turn t3: span 8:7 is outside the tape",
+    ),
+    "tokens after the last turn": (
+        _set(0, "turns", 9, 1, "end"),
+        "sample t3: 1 tokens follow the last turn's completion",
+    ),
     "a turn twice": (_set(0, "turns", "t3", 0, "turn_id"), "sample t3: turn t3 is there twice"),
     # what the row says of itself
-    "another prompt length": (_set(0, "num_prompt_tokens", 4), "sample t3: num_prompt_tokens is 4, the first turn starts at 3"),
+    "another prompt length": (
+        _set(0, "num_prompt_tokens", 4),
+        "sample t3: num_prompt_tokens is 4, the first turn starts at 3",
+    ),
     "another sample id": (_set(0, "sample_id", "t1"), "sample t1: sample_id is not the last turn's id t3"),
-    "truncated, and it is not": (_set(1, "truncated", True), "sample t4: truncated is True, the last turn's finish_reason 'stop'"),
-    "not truncated, and it is": (_set(0, "truncated", False), "sample t3: truncated is False, the last turn's finish_reason 'length'"),
+    "truncated, and it is not": (
+        _set(1, "truncated", True),
+        "sample t4: truncated is True, the last turn's finish_reason 'stop'",
+    ),
+    "not truncated, and it is": (
+        _set(0, "truncated", False),
+        "sample t3: truncated is False, the last turn's finish_reason 'length'",
+    ),
     "a reward that is none": (_set(0, "reward", math.nan), "sample t3: reward is nan"),
-    "metadata that is no JSON": (_set(0, "metadata", "{"), "sample t3: metadata is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-    "NaN in metadata": (_set(0, "metadata", '{"a": NaN}'), "sample t3: metadata is not JSON: NaN is not JSON"),
+    "metadata that is no JSON": (
+        _set(0, "metadata", "x"),
+        "sample t3: metadata is not JSON: Expecting value: line 1 column 1 (char 0)",
+    ),
+    "NaN in metadata": (
+        _set(0, "metadata", '{"a": NaN}'),
+        "sample t3: metadata is not JSON: NaN is not JSON",
+    ),
     "metadata of another shape": (_set(0, "metadata", "[]"), "sample t3: metadata is no JSON object"),
     "messages of another shape": (_set(0, "messages", "{}"), "sample t3: messages is no JSON array"),
     "tools of another shape": (_set(0, "tools", "null"), "sample t3: tools is no JSON array"),
@@ -157,12 +238,27 @@ CORRUPTIONS: dict[str, tuple[Callable[[Rows], None], str]] = {
     "trained twice": (_train(0, 0, True), "session s: turn t1 is trained 2 times"),
     "never trained": (_train(1, 1, False), "session s: turn t2 is trained 0 times"),
     "a sample lost": (lambda rows: rows.pop(), "session s: turn t1 is trained 0 times"),
-    "a sample twice": (lambda rows: rows.append(copy.deepcopy(rows[0])), "session s: sample t3 is there twice"),
-    "another prompt before a shared turn": (_set(0, "token_ids", 9, 1), "session s: turn t1 differs between samples t3 and t4"),
-    "another id in a shared turn": (_set(1, "token_ids", 9, 4), "session s: turn t1 differs between samples t3 and t4"),
-    "another outcome of a shared turn": (_set(1, "turns", "length", 0, "finish_reason"), "session s: turn t1 differs between samples t3 and t4"),
-    "another parse of a shared turn": (_set(1, "turns", "malformed", 0, "parse_status"), "session s: turn t1 differs between samples t3 and t4"),
-}  # fmt: skip
+    "a sample twice": (
+        lambda rows: rows.append(copy.deepcopy(rows[0])),
+        "session s: sample t3 is there twice",
+    ),
+    "another prompt before a shared turn": (
+        _set(0, "token_ids", 9, 1),
+        "session s: turn t1 differs between samples t3 and t4",
+    ),
+    "another id in a shared turn": (
+        _set(1, "token_ids", 9, 4),
+        "session s: turn t1 differs between samples t3 and t4",
+    ),
+    "another outcome of a shared turn": (
+        _set(1, "turns", "length", 0, "finish_reason"),
+        "session s: turn t1 differs between samples t3 and t4",
+    ),
+    "another parse of a shared turn": (
+        _set(1, "turns", "malformed", 0, "parse_status"),
+        "session s: turn t1 differs between samples t3 and t4",
+    ),
+}
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
@@ -174,7 +270,7 @@ def test_each_corruption_is_reported_and_nothing_else(corruption: str) -> None:
 
 
 def test_a_flipped_mask_with_everything_that_belongs_to_it_is_still_seen() -> None:
-    """Nothing of the row betrays a token that the engine never sampled, but the turn that it is not part of."""
+    """Nothing of the row betrays a token that was never sampled, but that it is part of no turn."""
     corrupted = rows()
     _also(
         _set(0, "loss_mask", 1, 7),

@@ -1,11 +1,12 @@
 """Turns and tapes: arrays of one length, the mask where this tape trains, exact extension."""
 
+import itertools
 import math
 from array import array
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import turn
 
@@ -30,13 +31,14 @@ def paths(draw: st.DrawFn) -> list[Turn]:
             prompt=draw(IDS),
             completion=completion,
             logprobs=array("f", draw(st.lists(st.floats(-50, 0, width=32), min_size=size, max_size=size))),
-            versions=tuple(VersionSpan(f"v{a}", a, b) for a, b in zip(cuts, cuts[1:], strict=False)),
+            versions=tuple(VersionSpan(f"v{a}", a, b) for a, b in itertools.pairwise(cuts)),
         )
         made.verify()
         path.append(made)
     return path
 
 
+@settings(deadline=None)
 @given(paths(), st.data())
 def test_a_tape_is_its_turns_one_after_the_other(path: list[Turn], data: st.DataObject) -> None:
     trained = set(data.draw(st.lists(st.sampled_from([t.turn_id for t in path]))))
@@ -69,6 +71,7 @@ def test_a_tape_is_its_turns_one_after_the_other(path: list[Turn], data: st.Data
     ]
 
 
+@settings(deadline=None)
 @given(paths(), IDS)
 def test_a_prompt_extends_what_was_sent_and_sampled(path: list[Turn], bridge: list[int]) -> None:
     prompt = prompt_after(path, TokenRun(bridge))

@@ -1,4 +1,4 @@
-"""Which recorded turn a request continues, why it starts a branch otherwise, and who trains what is shared."""
+"""Which turn a request continues, why it starts a branch otherwise, and who trains what is shared."""
 
 import json
 from array import array
@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import TOOLS, Recorder, call, result, said, turn, user
 
@@ -45,11 +45,16 @@ HARMLESS = {
     "reasoning emptied": (said("a", reasoning="r"), said("a", reasoning="")),
     "space around reasoning": (said("a", reasoning="\nr\n"), said("a", reasoning="r")),
     "empty reasoning dropped": (said("a", reasoning=""), said("a")),
-    "ids renumbered": (said(None, call(id="c1"), call("b", id="c2")), said(None, call(id="x"), call("b", id="y"))),
+    "ids renumbered": (
+        said(None, call(id="c1"), call("b", id="c2")),
+        said(None, call(id="x"), call("b", id="y")),
+    ),
     "ids dropped": (said(None, call(id="c1"), call(id="c2")), said(None, call(id=""), call(id=""))),
     "key order": (arguments('{"a": 1, "b": 2}'), arguments('{"b": 2, "a": 1}')),
-    "nested key order": (arguments('{"a": [{"x": 1, "y": {"p": 0, "q": 1}}]}'),
-                         arguments('{"a": [{"y": {"q": 1, "p": 0}, "x": 1}]}')),
+    "nested key order": (
+        arguments('{"a": [{"x": 1, "y": {"p": 0, "q": 1}}]}'),
+        arguments('{"a": [{"y": {"q": 1, "p": 0}, "x": 1}]}'),
+    ),
     "space in JSON": (arguments('{"a":[1,2]}'), arguments('{\n  "a" : [ 1, 2 ]\n}')),
     "1.0 for 1": (arguments('{"a": 1}'), arguments('{"a": 1.0}')),
     "1 for 1.0, nested": (arguments('{"a": [{"b": -3.0}]}'), arguments('{"a": [{"b": -3}]}')),
@@ -60,7 +65,7 @@ HARMLESS = {
     "a number beyond float": (arguments('{"a": 1e999}'), arguments('{"a":1e999}')),
     "text that is no JSON": (arguments(LOST), arguments(LOST)),
     "JSON too deep to read": (arguments("[" * 100_000), arguments("[" * 100_000)),
-}  # fmt: skip
+}
 
 HARMFUL = {
     "other text": (said("a b"), said("a c")),
@@ -133,6 +138,7 @@ def _reversed(value: object) -> object:
     return [_reversed(v) for v in value] if isinstance(value, list) else value
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=3), JSON, max_size=3), st.sampled_from([None, 1]), st.booleans())
 def test_arguments_match_however_they_are_written(value: Json, indent: int | None, ascii_only: bool) -> None:
     one = arguments(json.dumps(value))
@@ -298,12 +304,21 @@ U, A = user("u"), said("a")
 REASONS: dict[str, tuple[Sequence[Message], tuple[Json, ...], Json, str | None]] = {
     "goes on": ([U, A, user("v"), said("b"), user("w")], TOOLS, {}, None),
     "goes on with words put into its mouth": (
-        [U, A, user("v"), said("b"), user("x"), said("made up"), user("w")], TOOLS, {}, None),
+        [U, A, user("v"), said("b"), user("x"), said("made up"), user("w")],
+        TOOLS,
+        {},
+        None,
+    ),
     "the same first request": ([U], TOOLS, {}, BranchReason.RESAMPLED),
     "the same later request": ([U, A, user("v")], TOOLS, {}, BranchReason.RESAMPLED),
     "another way on": ([U, A, user("other")], TOOLS, {}, BranchReason.FORKED),
     "another way on, at once": ([U, A], TOOLS, {}, BranchReason.FORKED),
-    "a later reply edited": ([U, A, user("v"), said("edited"), user("w")], TOOLS, {}, BranchReason.EDITED_HISTORY),
+    "a later reply edited": (
+        [U, A, user("v"), said("edited"), user("w")],
+        TOOLS,
+        {},
+        BranchReason.EDITED_HISTORY,
+    ),
     "the first reply edited": ([U, said("edited"), user("v")], TOOLS, {}, BranchReason.EDITED_HISTORY),
     "the first question edited": ([user("x"), A, user("v")], TOOLS, {}, BranchReason.EDITED_HISTORY),
     "a question that was never asked": ([user("title?")], TOOLS, {}, BranchReason.NEW_CONVERSATION),
@@ -313,7 +328,7 @@ REASONS: dict[str, tuple[Sequence[Message], tuple[Json, ...], Json, str | None]]
     "other arguments": ([U, A, user("v")], TOOLS, {"enable_thinking": False}, BranchReason.ARGUMENTS_CHANGED),
     "both": ([U, A, user("v")], (), {"enable_thinking": False}, BranchReason.TOOLS_CHANGED),
     "other tools, other history": ([U, said("edited")], (), {}, BranchReason.EDITED_HISTORY),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REASONS)
@@ -474,6 +489,7 @@ TALK = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(TALK, st.integers(0, 40))
 def test_an_outline_keeps_every_transition_and_no_length(talk: list[Message], cut: int) -> None:
     kinds = [Outline().followed_by([m], ("<think>",)).kinds[0] for m in talk]

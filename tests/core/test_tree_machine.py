@@ -1,8 +1,8 @@
 """Random agents against a tree and its store, beside a model that knows no digests and no trie.
 
-The model keeps conversations as lists of what was meant, and compares a request with each of them in turn. What the
-tree answers must be what the model finds; what it exports must hold every invariant; what the store gives back must
-be the same tree.
+The model keeps conversations as lists of what was meant, and compares a request with each of them in turn.
+What the tree answers must be what the model finds; what it exports must hold every invariant; what the store
+gives back must be the same tree.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from recorded import Recorder, record, turn
+from recorded import Recorder, new_messages, record, turn
 
 from tokentape.export import samples, to_json_rows
 from tokentape.gateway.sessions import restore
@@ -66,17 +66,26 @@ def meant(messages: Sequence[Message]) -> tuple[Said, ...]:
     """What messages mean, written without the tree's digests: values compared as values."""
     out: list[Said] = []
     calls: tuple[ToolCall, ...] = ()
+    taken: set[int] = set()
     for message in messages:
         text = message.content or ""
         answers = -1
         if message.role == "assistant":
-            text, calls = text.strip(), message.tool_calls
+            text, calls, taken = text.strip(), message.tool_calls, set()
         elif message.role == "tool":
             at = [i for i, c in enumerate(calls) if c.id == (message.tool_call_id or "")]
-            taken = {m.answers for m in out[-len(calls) :] if m.role == "tool"} if calls else set[int]()
             answers = next((i for i in at if i not in taken), -1)
+            taken.add(answers)
         thought = (message.reasoning or "").strip() if message.role == "assistant" else ""
-        out.append(Said(message.role, text, tuple((c.name, value_of(c.arguments)) for c in message.tool_calls), answers, thought))
+        out.append(
+            Said(
+                message.role,
+                text,
+                tuple((c.name, value_of(c.arguments)) for c in message.tool_calls),
+                answers,
+                thought,
+            )
+        )
     return tuple(out)
 
 
@@ -136,9 +145,9 @@ class Agents(RuleBasedStateMachine):
         said = meant(messages)
         parent, num_matched, reason = self.recorder.plan(messages, *FRAMES[frame])
         expected = self.expected(said, frame)
-        assert (parent, num_matched) == (
-            (expected.turn, len(expected.said)) if expected else (None, 0)
-        ), "another turn is continued than the model says"
+        assert (parent, num_matched) == ((expected.turn, len(expected.said)) if expected else (None, 0)), (
+            "another turn is continued than the model says"
+        )
         assert reason == self.reason(expected, said, frame)
         size = data.draw(st.integers(0, 3), label="sampled tokens")
         cut = data.draw(st.integers(0, size), label="weights change at")
@@ -151,7 +160,7 @@ class Agents(RuleBasedStateMachine):
             logprobs=array("f", [-0.1 * (i + 1) for i in range(size)]),
             versions=tuple(VersionSpan(f"v{a}", a, b) for a, b in ((0, cut), (cut, size)) if a < b),
             finish_reason=data.draw(st.sampled_from(["stop", "length"])),
-            messages=tuple(messages[num_matched:]),
+            messages=new_messages(messages, num_matched, parent),
             reply=reply,
             tools=FRAMES[frame][0],
             arguments=FRAMES[frame][1],
@@ -160,16 +169,18 @@ class Agents(RuleBasedStateMachine):
         self.prompts[made.turn_id] = prompt_after(path, made.prompt)
         self.do(self.store.put_turn("s", made))
         self.recorder.tree.commit(made)
-        recorded = expected.said if expected else ()
-        # New messages follow the recorded ones, in the recorded words; a result answers the recorded call.
-        tail = meant([*([expected.turn.reply] if expected else []), *made.messages, reply])[1 if expected else 0 :]
-        self.conversations.append(Conversation(made, frame, (*recorded, *tail)))
+        before = expected.said if expected else ()
+        self.conversations.append(Conversation(made, frame, (*before, *said[num_matched:], *meant([reply]))))
 
     def expected(self, said: tuple[Said, ...], frame: int) -> Conversation | None:
         """The longest conversation that the request replays, the latest of equals: one look at each."""
         found = None
         for c in self.conversations:
-            if c.frame == frame and self.is_prefix(c.said, said) and (not found or len(c.said) >= len(found.said)):
+            if (
+                c.frame == frame
+                and self.is_prefix(c.said, said)
+                and (not found or len(c.said) >= len(found.said))
+            ):
                 found = c
         return found
 
@@ -204,7 +215,10 @@ class Agents(RuleBasedStateMachine):
         if not speaks:
             return BranchReason.NEW_CONVERSATION
         other = [
-            max((len(c.said) for c in self.conversations if c.frame == f and self.is_prefix(c.said, said)), default=0)
+            max(
+                (len(c.said) for c in self.conversations if c.frame == f and self.is_prefix(c.said, said)),
+                default=0,
+            )
             for f in range(len(FRAMES))
         ]
         if not any(other):
@@ -241,7 +255,9 @@ class Agents(RuleBasedStateMachine):
         if not calls or data.draw(st.integers(0, 4)) == 0:
             return [Message("user", data.draw(WORDS))]
         order = data.draw(st.permutations(calls))
-        return [Message("tool", data.draw(st.sampled_from(["a", "b", None])), tool_call_id=c.id) for c in order]
+        return [
+            Message("tool", data.draw(st.sampled_from(["a", "b", None])), tool_call_id=c.id) for c in order
+        ]
 
     @rule(data=st.data(), frame=st.integers(0, len(FRAMES) - 1), system=st.booleans())
     def begin(self, data: st.DataObject, frame: int, system: bool) -> None:
@@ -376,14 +392,18 @@ def without_ids(messages: list[Message]) -> list[Message]:
         size = len(message.tool_calls)
         behind = messages[at + 1 : at + 1 + size]
         following = [m.tool_call_id for m in messages[at + 1 :]][:size]
-        if not size or following != [c.id for c in message.tool_calls] or any(m.role != "tool" for m in behind):
+        if (
+            not size
+            or following != [c.id for c in message.tool_calls]
+            or any(m.role != "tool" for m in behind)
+        ):
             continue
         if any(m.role == "tool" for m in messages[at + 1 + size : at + 2 + size]):
             continue
         calls = tuple(ToolCall("", c.name, c.arguments) for c in message.tool_calls)
         out[at] = msgspec.structs.replace(out[at], tool_calls=calls)
         for index in range(at + 1, at + 1 + size):
-            out[index] = msgspec.structs.replace(out[index], tool_call_id=rng_choice_none_or_empty(index))
+            out[index] = msgspec.structs.replace(out[index], tool_call_id="" if index % 2 else None)
     return out
 
 

@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from gatewaykit import TOKENIZER, Gateway, gateway_for
 
+from gatewaykit import TOKENIZER, Gateway, gateway_for
 from tokentape.testing import FakeSGLang, write_model_dir
 
 CONTEXT = 8192

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gatewaykit import END, USER, WEATHER, Gateway, Json, call, cut, gateway_for, sampled, split
 
+from gatewaykit import END, USER, WEATHER, Gateway, Json, call, cut, gateway_for, sampled, split
 from tokentape.gateway.chat import HONOURED, REFUSED
 from tokentape.testing import FakeSGLang, Reply, pseudo_logprob
 
@@ -43,7 +43,12 @@ TO_ENGINE: list[tuple[Json, Json]] = [
     ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
     ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
     ({"seed": 42}, {"sampling_seed": 42}),
-    (dict.fromkeys(("temperature", "top_p", "stop", "tools", "tool_choice", "max_tokens", "stream", "seed")), {}),
+    (
+        dict.fromkeys(
+            ("temperature", "top_p", "stop", "tools", "tool_choice", "max_tokens", "stream", "seed")
+        ),
+        {},
+    ),
 ]
 
 
@@ -69,7 +74,14 @@ async def test_honoured(fake: FakeSGLang, gateway: Gateway, fields: Json, params
 
 async def test_every_honoured_field_has_a_test() -> None:
     sampling = {name for fields, _ in TO_ENGINE for name in fields}
-    elsewhere = {"messages", "model", "stream_options", "logprobs", "chat_template_kwargs", "return_token_ids"}
+    elsewhere = {
+        "messages",
+        "model",
+        "stream_options",
+        "logprobs",
+        "chat_template_kwargs",
+        "return_token_ids",
+    }
     assert set(HONOURED) == sampling | elsewhere
 
 
@@ -121,7 +133,9 @@ async def test_refused(fake: FakeSGLang, gateway: Gateway, name: str, value: Any
     assert await gateway.show(session_id) == before
 
 
-async def test_every_refused_field_has_a_test_and_a_harmless_value(fake: FakeSGLang, gateway: Gateway) -> None:
+async def test_every_refused_field_has_a_test_and_a_harmless_value(
+    fake: FakeSGLang, gateway: Gateway
+) -> None:
     assert {name for name, _ in REFUSED_VALUES} == set(REFUSED)
     session_id = await gateway.create()
     await gateway.chat(session_id, [USER], **{name: harmless for name, (harmless, _) in REFUSED.items()})
@@ -131,7 +145,13 @@ async def test_every_refused_field_has_a_test_and_a_harmless_value(fake: FakeSGL
 
 # -- ignored
 
-IGNORED: Json = {"user": "someone", "store": False, "metadata": {"a": 1}, "service_tier": "auto", "reasoning_effort": "low"}
+IGNORED: Json = {
+    "user": "someone",
+    "store": False,
+    "metadata": {"a": 1},
+    "service_tier": "auto",
+    "reasoning_effort": "low",
+}
 
 
 @both_ways
@@ -154,7 +174,6 @@ async def test_strict_refuses(fake: FakeSGLang, strict: Gateway, name: str) -> N
     assert (answer.status, answer.error["param"]) == (400, name)
     assert not fake.requests
     await strict.chat(session_id, [USER], temperature=1)
-
 
 
 # -- replies
@@ -233,7 +252,9 @@ async def test_logprobs(fake: FakeSGLang, gateway: Gateway, stream: bool) -> Non
     reply = await gateway.chat(session_id, [USER], logprobs=True, stream=stream)
     content = reply["choices"][0]["logprobs"]["content"]
     ids = fake.requests[0].output_ids
-    assert [e["logprob"] for e in content] == pytest.approx([pseudo_logprob(i, at) for at, i in enumerate(ids)])
+    assert [e["logprob"] for e in content] == pytest.approx(
+        [pseudo_logprob(i, at) for at, i in enumerate(ids)]
+    )
     assert bytes(b for e in content for b in e["bytes"]) == "é hello<|im_end|>".encode()
     assert all(e["top_logprobs"] == [] for e in content)
     assert content[-1]["token"] == "<|im_end|>"
@@ -270,7 +291,9 @@ async def test_finish_reasons(fake: FakeSGLang, gateway: Gateway, stream: bool) 
     a_call = call("weather", {"city": "hello"})
     fake.script(sampled("hello"), cut("hello"), sampled(a_call), cut(a_call))
     reasons = [
-        (await gateway.chat(session_id, [USER], tools=[WEATHER], stream=stream))["choices"][0]["finish_reason"]
+        (await gateway.chat(session_id, [USER], tools=[WEATHER], stream=stream))["choices"][0][
+            "finish_reason"
+        ]
         for _ in range(4)
     ]
     assert reasons == ["stop", "length", "tool_calls", "length"]

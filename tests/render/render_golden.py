@@ -1,9 +1,9 @@
 """What a chat template itself says of a turn and of what follows it: the oracle that `extend` is judged by.
 
-Nothing here looks at how `extend` works. The template renders the whole conversation, the tokens that end a turn
-come from a table per model, and the bridge is by definition what follows the last of them before the first new
-message's text. `judge` compares an answer of `extend` with that, in both directions: a bridge must be exact, and
-a refusal must be true.
+Nothing here looks at how `extend` works. The template renders the whole conversation, the tokens that end a
+turn come from a table per model, and the bridge is by definition what follows the last of them before the
+first new message's text. `judge` compares an answer of `extend` with that, in both directions: a bridge must
+be exact, and a refusal must be true.
 """
 
 import os.path
@@ -262,6 +262,9 @@ def judge(
     completion = whole[len(prompt) : len(whole) - len(bridge)] if whole.startswith(prompt) else ""
     shown = Counter(pieces(case.reply))
     is_whole = completion.endswith(end) and all(completion.count(text) >= n for text, n in shown.items())
+    if case.reply.reasoning == "" and is_whole:  # a thought opened and closed: no text to look for
+        last = text_of(renderer, frame, [*case.before, case.reply], go_on=False)
+        is_whole = last.startswith(prompt + completion.removesuffix(end))
     if isinstance(answer, NotExtendable):
         if preserve or is_whole:
             raise Drift(f"{answer}, and yet the template keeps it all: {completion!r}")
@@ -274,7 +277,7 @@ def judge(
 def judge_bridge(
     renderer: Renderer, whole: str, bridge: str, answer: Rendered, seen: tuple[str, str] | None
 ) -> str:
-    """Compare the bridge with the end of the full render, and behind what the model has `seen` with all of it."""
+    """Compare the bridge with the end of the full render, and what the model has `seen` with the rest."""
     decode = renderer.tokenizer.decode
     ids, full = list(answer.run.ids), reference_ids(renderer, whole)
     if not ids or full[-len(ids) :] != ids or decode(ids) != decode(reference_ids(renderer, bridge)):

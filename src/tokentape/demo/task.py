@@ -72,8 +72,8 @@ class Question:
 def make_question(rng: Random) -> Question:
     """Draw a question: one operation in a fifth of the cases, else two.
 
-    The usual precedence holds; some have parentheses. Operands are positive, results may be negative. The same
-    state of `rng` gives the same question.
+    The usual precedence holds; some have parentheses. Operands are positive, results may be negative. The
+    same state of `rng` gives the same question.
     """
     operators = [rng.choice(_OPERATORS) for _ in range(1 if rng.random() < 0.2 else 2)]
     numbers = _operands(rng, operators)
@@ -91,8 +91,8 @@ def make_question(rng: Random) -> Question:
 def calculator(expression: str) -> str:
     """Evaluate one operation on two integers, such as `17 * 23`, and return the result as text.
 
-    Never raises: anything else returns a line that starts with `error: ` and says what is wrong, for the model
-    to read. Operands may be negative and have up to `MAX_DIGITS` digits.
+    Never raises: anything else returns a line that starts with `error: ` and says what is wrong, for the
+    model to read. Operands may be negative and have up to `MAX_DIGITS` digits.
     """
     text = expression.strip()
     match = _OPERATION.fullmatch(text)

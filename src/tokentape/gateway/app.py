@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 from aiohttp import web
-from msgspec import Meta
+from msgspec import Meta, Raw
 
 from tokentape import __version__
 from tokentape.engines.base import Engine, EngineInfo
@@ -31,13 +31,13 @@ from tokentape.gateway.turn import Progress, Turns
 from tokentape.metrics import Metrics
 from tokentape.store import Store
 from tokentape.tokenizer import Tokenizer
-from tokentape.types import Json, Sampling
+from tokentape.types import Json
 
 log = logging.getLogger(__name__)
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 _OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
-_Limit = Annotated[int, Meta(ge=1)] | None
+_Limit = Annotated[int, Meta(ge=1, le=2**53)] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Gateway:
 class _Create(msgspec.Struct, forbid_unknown_fields=True):
     session_id: str | None = None
     metadata: Json = msgspec.field(default_factory=dict[str, Any])
-    sampling: Sampling | None = None
+    sampling: dict[str, Raw] | None = None
     max_turns: _Limit = None
     max_tokens: _Limit = None
 
@@ -155,8 +155,8 @@ def _credential(request: web.Request) -> str | None:
 
 
 def _check_key(request: web.Request, api_key: str) -> None:
-    given = _credential(request) or ""
-    if not hmac.compare_digest(given.encode(), api_key.encode()):
+    given = (_credential(request) or "").encode(errors="surrogateescape")  # the header's own bytes
+    if not hmac.compare_digest(given, api_key.encode()):
         raise Unauthorized(
             "a valid API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`"
         )
@@ -192,7 +192,7 @@ class _Routes:
         session = await self._sessions.create(
             body.session_id,
             metadata=body.metadata,
-            sampling=body.sampling,
+            sampling=wire.session_sampling(body.sampling or {}),
             max_turns=body.max_turns,
             max_tokens=body.max_tokens,
         )
@@ -256,7 +256,8 @@ class _Routes:
     # -- agent side
 
     async def models(self, request: web.Request) -> web.Response:
-        del request
+        if session_id := request.match_info.get("session_id"):
+            await self._sessions.get(session_id, used=True)
         model = {"id": self._config.model, "object": "model", "created": 0, "owned_by": "tokentape"}
         return _json({"object": "list", "data": [model]})
 
@@ -319,7 +320,7 @@ class _Routes:
                 "no session: use the base_url that POST /sessions answers, or send its id as "
                 "X-Session-Id header or API key"
             )
-        return await self._sessions.get(session_id)
+        return await self._sessions.get(session_id, used=True)
 
     async def learn_context_length(self, app: web.Application) -> AsyncIterator[None]:
         """Ask the engine for its context length until it answers; it may start after the gateway."""

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw
@@ -22,7 +22,8 @@ from tokentape.tokenizer import Tokenizer
 from tokentape.tree import Known, know
 from tokentape.types import Json, Message, Sampling, ToolCall
 
-_Positive = Annotated[int, Meta(ge=1)]
+_MAX_INT = 2**31 - 1  # what every engine can take
+_Positive = Annotated[int, Meta(ge=1, le=_MAX_INT)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
@@ -35,7 +36,7 @@ class _Function(msgspec.Struct):
 
 
 class _Tool(msgspec.Struct):
-    type: str
+    type: Literal["function"]
     function: _Function
 
 
@@ -49,14 +50,14 @@ HONOURED: Mapping[str, Any] = {
     "max_completion_tokens": _Positive,
     "temperature": Annotated[float, Meta(ge=0)],
     "top_p": Annotated[float, Meta(gt=0, le=1)],
-    "top_k": Annotated[int, Meta(ge=-1)],
+    "top_k": Annotated[int, Meta(ge=-1, le=_MAX_INT)],
     "min_p": Annotated[float, Meta(ge=0, le=1)],
     "stop": str | list[str],
-    "stop_token_ids": list[Annotated[int, Meta(ge=0)]],
+    "stop_token_ids": list[Annotated[int, Meta(ge=0, le=_MAX_INT)]],
     "frequency_penalty": _Penalty,
     "presence_penalty": _Penalty,
     "repetition_penalty": Annotated[float, Meta(gt=0, le=2)],
-    "seed": int,
+    "seed": Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)],
     "logprobs": bool,
     "tools": list[_Tool],
     "tool_choice": Any,
@@ -108,6 +109,8 @@ class _WireMessage(msgspec.Struct):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    function_call: Any = None
+    audio: Any = None
 
 
 _ROLES: Mapping[str, Any] = {
@@ -139,6 +142,7 @@ def decode(body: bytes, session: Session, *, default_model: str, strict: bool = 
         RequestError: the body cannot be served; `param` names the field.
     """
     try:
+        body.decode()  # msgspec does not look into what it leaves as `Raw`
         fields = msgspec.json.decode(body, type=dict[str, Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not a JSON object: {error}") from None
@@ -153,7 +157,10 @@ def decode(body: bytes, session: Session, *, default_model: str, strict: bool = 
         raise RequestError(f"`{ignored[0]}` has no effect here, and --strict refuses it", param=ignored[0])
     tools = bytes(fields["tools"]) if values.get("tools") else b"[]"
     arguments = bytes(fields["chat_template_kwargs"]) if "chat_template_kwargs" in values else b"{}"
-    frame, frame_key = session.frame(tools, arguments)
+    try:
+        frame, frame_key = session.frame(tools, arguments)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(f"`tools` or `chat_template_kwargs`: {error}", param="tools") from None
     request = TurnRequest(
         turn_id=new_turn_id(),
         messages=_messages(values.get("messages"), session),
@@ -173,10 +180,23 @@ def decode(body: bytes, session: Session, *, default_model: str, strict: bool = 
     )
 
 
+def session_sampling(fields: Mapping[str, Raw]) -> Sampling:
+    """The sampling defaults of a session: fields of a request, under the same rules.
+
+    Raises:
+        RequestError: a field is none of `Sampling`'s, or its value cannot be used.
+    """
+    for name in fields:
+        if name not in Sampling.__struct_fields__:
+            raise RequestError(f"`sampling.{name}` is not a sampling parameter", param=f"sampling.{name}")
+    values = {name: _value(name, raw) for name, raw in fields.items()}
+    return _sampling({name: value for name, value in values.items() if value is not None})
+
+
 def _value(name: str, raw: Raw) -> Any:
     try:
         return msgspec.json.decode(raw, type=HONOURED.get(name, Any) | None if name in HONOURED else Any)
-    except msgspec.ValidationError as error:
+    except msgspec.DecodeError as error:
         where = str(error).replace("`$", f"`{name}")
         raise RequestError(f"`{name}`: {where}", param=name) from None
     except RecursionError:
@@ -188,6 +208,8 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not text for text in stop):
         raise RequestError("`stop` must not contain an empty string", param="stop")
+    if values.get("top_k") == 0:  # SGLang refuses it; elsewhere it means "all" as -1 does
+        raise RequestError("`top_k` must be at least 1, or -1 for all tokens", param="top_k")
     return Sampling(
         temperature=values.get("temperature"),
         top_p=values.get("top_p"),
@@ -240,7 +262,7 @@ def _messages(raws: list[Raw] | None, session: Session) -> list[Known]:
 def _message(raw: Raw, where: str) -> Message:
     try:
         wire = msgspec.json.decode(raw, type=_WireMessage)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(str(error).replace("`$", f"`{where}"), param=where) from None
     role = _ROLES.get(wire.role)
     if role is None:
@@ -254,6 +276,9 @@ def _message(raw: Raw, where: str) -> Message:
         raise RequestError(f"{where}.tool_call_id is missing", param=f"{where}.tool_call_id")
     if wire.tool_calls and role != "assistant":
         raise RequestError(f"{where}.tool_calls: only the assistant calls tools", param=f"{where}.tool_calls")
+    for name, value in (("function_call", wire.function_call), ("audio", wire.audio)):
+        if value is not None:  # part of what was said: to drop it would change the conversation
+            raise RequestError(f"{where}.{name} is not supported here", param=f"{where}.{name}")
     reasoning = wire.reasoning_content if wire.reasoning_content is not None else wire.reasoning
     return Message(
         role=role,

@@ -82,6 +82,15 @@ class Session:
             raise LimitReached(f"session {self.session_id!r} has used its {record.max_tokens} sampled tokens")
         return left
 
+    def check_budget(self, num_tokens: int) -> None:
+        """Raise `LimitReached` where a turn of so many sampled tokens is too much.
+
+        Asked again at the commit: turns that run side by side each began within the limits.
+        """
+        left = self.budget()
+        if left is not None and num_tokens > left:
+            raise LimitReached(f"session {self.session_id!r} has {left} tokens left, not {num_tokens}")
+
     def commit(self, turn: Turn) -> None:
         """Append a durable turn."""
         self.tree.commit(turn)
@@ -156,11 +165,13 @@ class Sessions:
             await self._store.put_session(record)
             return self._keep(Session(record, Tree(self._content_tests)))
 
-    async def get(self, session_id: str) -> Session:
+    async def get(self, session_id: str, *, used: bool = False) -> Session:
         """The session of this id, as it was when it was last committed.
 
+        An agent that has `used` it makes it, where sessions are made on demand; a question about it does not.
+
         Raises:
-            NotFound: there is none, and sessions are not made on demand.
+            NotFound: there is none.
         """
         session = self._sessions.get(session_id)
         if session is not None:
@@ -169,7 +180,7 @@ class Sessions:
             session = await self._find(session_id)
         if session is not None:
             return session
-        if not self._auto_sessions:
+        if not (used and self._auto_sessions):
             raise NotFound(f"session {session_id!r} does not exist: create it with POST /sessions")
         try:
             return await self.create(session_id)
@@ -228,6 +239,8 @@ class Sessions:
         session = self._sessions.get(session_id)
         if session is not None:
             return session
+        if not SESSION_ID.fullmatch(session_id):  # no such id was ever given; it may not even be text
+            return None
         stored = await self._store.load(session_id)
         return None if stored is None else self._keep(restore(stored, self._content_tests))
 

@@ -1,12 +1,12 @@
 """One turn: attach → extend → generate → parse → store → commit. Knows no HTTP."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,7 +158,10 @@ class Turns:
         """
         session.check_open()
         started = time.monotonic()
-        plan = self._plan(session, request)
+        try:
+            plan = self._plan(session, request)
+        except RecursionError:
+            raise RequestError("tools or tool-call arguments are nested too deep", param="messages") from None
         num_tokens = 0
 
         async def count(progress: Progress) -> None:
@@ -196,12 +199,10 @@ class Turns:
         reason = None
         if parent is not None:
             new = _with_recorded_ids(new, keys[attachment.num_matched :], parent)
-            rendered = self._renderer.extend(
-                request.frame,
-                attachment.before,
-                Ended(parent.reply, parent.stop_id, parent.in_reasoning),
-                new,
-            )
+            # An ordinary token that stopped the engine (`stop_token_ids`) ends no turn of the template's.
+            stop_id = parent.stop_id if parent.stop_id in self._maybe_stop else None
+            ended = Ended(parent.reply, stop_id, parent.in_reasoning)
+            rendered = self._renderer.extend(request.frame, attachment.before, ended, new)
             if isinstance(rendered, NotExtendable):
                 log.info(
                     "session %s: new branch: %s (%s)", session.session_id, rendered.reason, rendered.detail
@@ -256,7 +257,7 @@ class Turns:
         stops = self._maybe_stop | frozenset(plan.sampling.stop_token_ids)
         reader = _Reader(self._renderer.tokenizer.stream(), self._parser(request, plan), stops)
         call = GenerateRequest(request.turn_id, plan.prompt, plan.sampling, request.stream)
-        async with aclosing(self._engine.generate(call)) as parts:
+        async with contextlib.aclosing(self._engine.generate(call)) as parts:
             async for part in parts:
                 if isinstance(part, TokenChunk):
                     await emit(Progress(part.ids, part.logprobs, reader.feed(part.ids)))
@@ -290,13 +291,21 @@ class Turns:
         self, session: Session, request: TurnRequest, plan: _Plan, result: GenerateResult, parsed: ParseResult
     ) -> Turn:
         """Commit the turn, to the end even if the client leaves: a durable turn is always in the tree."""
-        task = asyncio.ensure_future(self._put(session, request, plan, result, parsed))
+        task = asyncio.ensure_future(self._settle(session, request, plan, result, parsed))
         try:
-            turn = await asyncio.shield(task)
+            return await asyncio.shield(task)
         except asyncio.CancelledError:
-            await task
+            with contextlib.suppress(TokentapeError):
+                await task
             raise
-        except StoreError as error:
+
+    async def _settle(
+        self, session: Session, request: TurnRequest, plan: _Plan, result: GenerateResult, parsed: ParseResult
+    ) -> Turn:
+        """A committed and counted turn, or a recorded failure."""
+        try:
+            turn = await self._put(session, request, plan, result, parsed)
+        except TokentapeError as error:  # the store failed; or the session is finished, or full, meanwhile
             await self._fail(session, error, len(result.completion_ids))
             raise
         self._count(turn, len(plan.prompt))
@@ -309,6 +318,7 @@ class Turns:
         parent_id = plan.parent.turn_id if plan.parent is not None else None
         async with session.commit_lock:
             session.check_open()  # it may have been finished meanwhile
+            session.check_budget(len(result.completion_ids))
             reason = plan.reason or session.tree.branch_reason(parent_id, request.frame_key, plan.keys)
             turn = Turn(
                 turn_id=request.turn_id,
