@@ -81,9 +81,9 @@ extended. A new branch starts with a full render, and carries the reason:
 ## What `--history preserve` changes
 
 The ids that were sampled stay, whatever the template would make of them; only the bridge is the template's. The
-model sees its earlier thoughts, a rollout is one tape, and nothing is trained twice. It is also a prompt that the
-model's own template would not write: right for training on what was sampled, wrong where prompts must be what a
-server with this template would send.
+model goes on seeing its earlier thoughts, and a rollout is one tape. It is also a prompt that the model's own
+template would not write: right for training on what was sampled, wrong where prompts must be what a server with
+this template would send.
 
 ## The table
 
@@ -109,12 +109,13 @@ conversations.
 
 {preserve}
 
-{stand_in} come without a tokenizer here: their templates were paired with a byte-level tokenizer that has their
-control tokens, which shows what the template does, and not how their own tokenizer would encode it.
+{stand_in} are here without their tokenizers: their
+templates were paired with a byte-level tokenizer that has their control tokens, which shows what the template
+does, and not how their own tokenizer would encode it.
 
 Where a cell is a branch, a model that samples that turn gets a new prompt, its earlier turns stay on the tape that
 they were sampled on, and every sampled token is still trained once.
-"""
+"""  # noqa: E501
 
 
 def outcomes(models: Models, model: str, history: str) -> list[str]:

@@ -82,13 +82,15 @@ async def converse(
     openings: Sequence[Json],
     num_turns: int,
     fields: Json,
+    question: str = "What is 17 * {} + 5?",
     num_sessions: int = 3,
     history: str = "template",
 ) -> tuple[int, int]:
     """Sessions at temperature 1, side by side, every turn of them checked at the wire.
 
-    The first session does not stream, the second does, the third alternates; and so on. Returns how many completions
-    there were, and how many of them are not the canonical encoding of their text.
+    The first session does not stream, the second does, the third alternates; and so on. Every turn that does
+    not answer a tool call asks `question` about another number. Returns how many
+    completions there were, and how many of them are not the canonical encoding of their text.
     """
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     limits = {"first_token_timeout_s": 300.0, "token_timeout_s": 120.0, "total_timeout_s": 600.0}
@@ -103,7 +105,7 @@ async def converse(
             agent = Agent(gateway, await gateway.create(), {"temperature": 1.0, **fields})
             new = [
                 *openings,
-                {"role": "user", "content": f"Question {number}: what is 17 * {number + 3} + 5?"},
+                {"role": "user", "content": question.format(number + 3)},
             ]
             turn_ids: list[str] = []
             for turn in range(num_turns):
@@ -112,7 +114,7 @@ async def converse(
                 if agent.messages[-1].get("tool_calls"):
                     new = agent.results("4")
                 else:
-                    new = [{"role": "user", "content": f"And what is {turn} * 12 + {number}?"}]
+                    new = [{"role": "user", "content": question.format(turn + 20)}]
             by_turn = {s.turn_id: s for s in record.seen(turn_ids)}
             path = [by_turn[turn_id] for turn_id in turn_ids]
             for before, after in itertools.pairwise(path):

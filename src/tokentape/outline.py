@@ -12,6 +12,7 @@ from itertools import pairwise
 from tokentape.types import Message, ToolCall
 
 _KEPT_CHARS = 48
+_STAND_IN = "…stand-in…"  # no text that anyone sends: Mistral's template compares messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def _stand_in(message: Message, content_tests: tuple[str, ...]) -> tuple[Message
     if marks and len(content) > 2 * _KEPT_CHARS:
         content = f"{content[:_KEPT_CHARS]} {' '.join(marks)} {content[-_KEPT_CHARS:]}"
     elif content and not marks:
-        content = "x"
+        content = _STAND_IN
     stand_in = Message(
         role=message.role,
         content=content if message.content is not None else None,

@@ -276,14 +276,14 @@ async def nothing_committed(fake: FakeSGLang, gateway: Gateway, session_id: str)
     """The engine was told to stop, the failure is counted, and the session goes on as if nothing had been."""
     await fake.until(lambda: fake.aborts != [])
     assert fake.aborts == [fake.requests[0].rid]
-    for _ in range(500):
-        summary = await gateway.show(session_id)
-        if summary["failures"]:
+    for _ in range(500):  # the turn's end: its failure is stored by then
+        metrics = await gateway.ok("GET", "/metrics")
+        if b"tokentape_active_turns 0.0" in metrics:
             break
         await asyncio.sleep(0.01)
+    assert b'tokentape_failures_total{kind="client_gone"} 1.0' in metrics
+    summary = await gateway.show(session_id)
     assert (summary["turns"], summary["failures"]) == (0, {"client_gone": 1})
-    assert b'tokentape_failures_total{kind="client_gone"} 1.0' in await gateway.ok("GET", "/metrics")
-    assert b"tokentape_active_turns 0.0" in await gateway.ok("GET", "/metrics")
     reply = await gateway.chat(session_id, [USER])
     assert reply["tokentape"]["branch_reason"] == "root"
     assert_samples_match(seen_by(fake), await gateway.samples(session_id), num_turns=1)

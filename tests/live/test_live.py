@@ -24,12 +24,22 @@ CALCULATOR = {
 }
 
 
-@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+# What is asked decides how often a completion drifts: SmolLM2's arithmetic never did (0 of 24), its names do.
+MODELS: dict[str, Any] = {
+    "tiny": {"fields": {"max_tokens": 64, "tools": [CALCULATOR]}},
+    "smollm2": {
+        "fields": {"max_tokens": 48},
+        "question": "Invent {} unusual names for a planet, with their meaning.",
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
 async def test_sessions_are_exact(
     sglang_server: Callable[[str], Any], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Sessions of 8 turns at temperature 1: whole, streamed, and both by turns."""
-    num_sessions = 9 if name == "tiny" else 3  # about 12 % of its completions drift, of SmolLM2's 24 %
+    num_sessions = 9 if name == "tiny" else 3  # 12 % of its completions are not canonical, of SmolLM2's half
     server = sglang_server(name)
     model_dir = server.model_dir
     num_completions, num_odd = await converse(
@@ -39,7 +49,7 @@ async def test_sessions_are_exact(
         openings=[{"role": "system", "content": "You are a helpful assistant."}],
         num_turns=8,
         num_sessions=num_sessions,
-        fields={"max_tokens": 64, **({"tools": [CALCULATOR]} if name == "tiny" else {})},
+        **MODELS[name],
     )
     with capsys.disabled():
         print(f"\n{name}: {num_odd} of {num_completions} completions were not canonical")  # noqa: T201

@@ -51,10 +51,9 @@ def says_call(arguments: str) -> Message:
 
 
 def test_a_refusal_to_extend(tiny: Renderer) -> None:
-    """The template's own words; a call of the new messages that no template can take is the caller's fault."""
-    source = (
-        tiny.template.source + "{% if messages[-1].role == 'tool' %}{{ raise_exception('No!') }}{% endif %}"
-    )
+    """The template's own words; a new call that no template can take is the caller's fault."""
+    no = "{% if messages[-1].role == 'tool' %}{{ raise_exception('No!') }}{% endif %}"
+    source = tiny.template.source + no
     renderer = Renderer(tiny.tokenizer, ChatTemplate(source, {}))
     stop_id = tiny.tokenizer.id_of("<|im_end|>")
     ended = Ended(says_call("{}"), stop_id)

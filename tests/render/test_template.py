@@ -1,5 +1,6 @@
 """Chat templates: the same text as transformers, in a sandbox, with errors that say what to do."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,13 @@ def same_text(ours: ChatTemplate, theirs: Any, messages: list[Json], tools: list
             expected = theirs.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=go_on
             )
-        except Exception as error:  # a template raises whatever it likes
-            if text is not None:  # transformers drops the key of a content that is None, DeepSeek reads it
-                assert any(m["content"] is None for m in messages), error
-            continue
+        except Exception:  # a template raises whatever it likes
+            expected = None
+        if expected is None and any(m["content"] is None for m in messages):
+            continue  # transformers drops the key of a content that is None; DeepSeek's template reads it
         assert text == expected
+        if text is None:
+            return False
         if not go_on:
             return True
     return False
@@ -89,7 +92,7 @@ def test_the_same_text_as_transformers(model: str) -> None:
     "source",
     [
         "{{ messages | tojson }} {{ messages | tojson(indent=2) }}",
-        "{% for m in messages %}{% if loop.index0 > 0 %}{% break %}{% endif %}\n  {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{% if loop.index0 %}{% break %}{% endif %}\n  {{ m.content }}\n{% endfor %}",
         "  {% if true %}\n  x\n  {% endif %}\n y",
         "a{% generation %}b{% endgeneration %}c",
         "{{ bos_token }}{{ eos_token }}{{ nothing }}{{ tools is none }}{{ documents is none }}",
@@ -132,10 +135,10 @@ def test_the_same_environment_as_transformers(source: str) -> None:
     ],
 )
 def test_escapes_are_refused(source: str) -> None:
+    """Refused, or undefined and so nothing."""
     messages: list[Json] = [{"role": "user", "content": "Hi"}]
-    with pytest.raises(TemplateRefused):
-        assert render(source, messages) == "", "an unsafe attribute is undefined, and renders as nothing"
-        raise TemplateRefused("nothing shown")
+    with contextlib.suppress(TemplateRefused):
+        assert render(source, messages) == ""
     assert messages == [{"role": "user", "content": "Hi"}]
 
 
