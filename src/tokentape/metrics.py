@@ -25,7 +25,7 @@ class Metrics:
         self.sampled_tokens = counter("sampled_tokens", "Sampled tokens of committed turns")
         self.rendered_tokens = counter("rendered_tokens", "Tokens that had to be tokenised: new text only")
         self.neutralised = counter("neutralised", "Control tokens of untrusted text that stayed text")
-        self.ignored_fields = counter("ignored_fields", "Request fields without effect, by name", "field")
+        self.ignored_fields = counter("ignored_fields", "Request fields without effect")
         self.active_turns = Gauge("tokentape_active_turns", "Turns under way", registry=self.registry)
         self.sessions = Gauge("tokentape_sessions_in_memory", "Sessions in memory", registry=self.registry)
         self.turn_seconds = Histogram(

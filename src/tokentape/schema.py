@@ -5,7 +5,7 @@ what a trainer reads (one row a branch).
 """
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,8 +65,8 @@ TURNS = (
     Column("in_reasoning", "bool"),
     Column("parse_status", "text"),
     Column("attempts", "json"),
-    Column("tools", "json"),
-    Column("arguments", "json"),
+    Column("tools", "json", nullable=True),  # with `arguments`: a root's; every other turn has its parent's
+    Column("arguments", "json", nullable=True),
     Column("sampling", "json"),
     Column("neutralised", "json"),
     Column("ignored", "json"),
@@ -146,11 +146,22 @@ def turn_to_row(session_id: str, turn: Turn) -> dict[str, Any]:
         "completion": turn.completion.ids.tobytes(),
         "logprobs": turn.logprobs.tobytes(),
     }
-    return values | {c.name: to_json(values[c.name]) for c in TURNS if c.kind == "json"}
+    values |= {c.name: to_json(values[c.name]) for c in TURNS if c.kind == "json"}
+    if turn.parent_id is not None:
+        values["tools"] = values["arguments"] = None
+    return values
 
 
-def row_to_turn(row: Mapping[str, Any]) -> Turn:
-    """The turn that `turn_to_row` stored."""
+def rows_to_turns(rows: Iterable[Mapping[str, Any]]) -> tuple[Turn, ...]:
+    """The turns of one session that `turn_to_row` stored, parents before their children."""
+    turns: dict[str, Turn] = {}
+    for row in rows:
+        parent = turns[row["parent_id"]] if row["parent_id"] is not None else None
+        turns[row["turn_id"]] = _turn(row, parent)
+    return tuple(turns.values())
+
+
+def _turn(row: Mapping[str, Any], parent: Turn | None) -> Turn:
     logprobs = array("f")
     logprobs.frombytes(row["logprobs"])
     return Turn(
@@ -168,8 +179,8 @@ def row_to_turn(row: Mapping[str, Any]) -> Turn:
         in_reasoning=bool(row["in_reasoning"]),
         parse_status=row["parse_status"],
         attempts=tuple(from_json(row["attempts"], list[Json])),
-        tools=tuple(from_json(row["tools"], list[Json])),
-        arguments=from_json(row["arguments"], Json),
+        tools=parent.tools if parent is not None else tuple(from_json(row["tools"], list[Json])),
+        arguments=parent.arguments if parent is not None else from_json(row["arguments"], Json),
         sampling=from_json(row["sampling"], Sampling),
         neutralised=tuple(from_json(row["neutralised"], list[str])),
         ignored=tuple(from_json(row["ignored"], list[str])),

@@ -6,6 +6,7 @@ hundred sessions share one fsync; a `put` returns only after its own transaction
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import queue
 import sqlite3
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from tokentape.errors import ConfigError, StoreError
 from tokentape.schema import (
@@ -25,7 +26,7 @@ from tokentape.schema import (
     create_table,
     from_json,
     insert_into,
-    row_to_turn,
+    rows_to_turns,
     to_json,
     turn_to_row,
 )
@@ -116,14 +117,18 @@ class SQLiteStore:
 
     Args:
         path: the file; its directory must exist. ":memory:" keeps nothing after `aclose`.
+        exclusive: be the only one who may write it until `aclose` or the end of the process. Two gateways on
+            one file would each extend trees that the other does not know.
 
     Raises:
-        ConfigError: the file cannot be opened, is no SQLite file, or has a newer schema.
+        ConfigError: the file cannot be opened, is no SQLite file, has a newer schema, or is another's
+            exclusively.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, exclusive: bool = False) -> None:
         self._path = str(path)
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._lock = _lock(self._path) if exclusive else None
         try:
             self._connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         except sqlite3.Error as error:
@@ -180,7 +185,7 @@ class SQLiteStore:
             failures = connection.execute(f"SELECT * FROM failures {where}", (session_id,))  # noqa: S608
             return StoredSession(
                 _record(found),
-                tuple(row_to_turn(row) for row in turns),
+                rows_to_turns(turns),
                 tuple(Failure(**{c.name: row[c.name] for c in FAILURES[1:]}) for row in failures),
             )
 
@@ -206,6 +211,8 @@ class SQLiteStore:
             self._queue.put(None)
             await asyncio.to_thread(self._thread.join)
             self._connection.close()
+            if self._lock is not None:
+                self._lock.close()
 
     def _prepare(self) -> None:
         connection = self._connection
@@ -268,6 +275,20 @@ class SQLiteStore:
         else:
             for work, result in zip(batch, results, strict=True):
                 _answer(work, result=result)
+
+
+def _lock(path: str) -> IO[bytes]:
+    """The lock of a store, held while the file is open: the kernel lets go of it however the process ends."""
+    try:
+        file = open(f"{path}.lock", "wb")  # noqa: SIM115, PTH123  # closed with the store
+    except OSError as error:
+        raise ConfigError(f"--store {path}: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ConfigError(f"--store {path} is in use by another gateway") from None
+    return file
 
 
 def _answer(work: _Work, *, result: object = None, error: StoreError | None = None) -> None:

@@ -54,8 +54,11 @@ class Turn:
         """Check what every tape relies on.
 
         Raises:
-            InternalError: the arrays disagree, a log-probability is not finite, or versions leave a gap.
+            InternalError: arrays disagree, a log-probability is not finite, versions leave a gap, or a root
+                has no reason.
         """
+        if self.parent_id is None and self.branch_reason is None:
+            raise InternalError(f"turn {self.turn_id}: a root without a reason")
         size = len(self.completion)
         if len(self.logprobs) != size:
             raise InternalError(

@@ -70,7 +70,10 @@ class ChatTemplate:
                 f"no chat template: neither {path} nor a `chat_template` in {config_path} exists; "
                 "copy the template of the model you train into the directory"
             )
-        return cls(source, _special_tokens(config), tool_source=tool_source)
+        try:
+            return cls(source, _special_tokens(config), tool_source=tool_source)
+        except ConfigError as error:
+            raise ConfigError(f"{path if path.exists() else config_path}: {error}") from error
 
     def render(
         self,

@@ -201,6 +201,8 @@ class Tree:
                 raise InternalError(
                     f"turn {turn.turn_id}: its parent {turn.parent_id} is not in this session"
                 )
+            if (turn.tools, turn.arguments) != (parent.turn.tools, parent.turn.arguments):
+                raise InternalError(f"turn {turn.turn_id}: its tools or arguments are not its parent's")
             place, after = parent.place, parent.turn.reply
             before = parent.before.followed_by([after], self._content_tests)
         before = before.followed_by(turn.messages, self._content_tests)

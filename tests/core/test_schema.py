@@ -19,7 +19,7 @@ from tokentape.schema import (
     TURNS,
     create_table,
     insert_into,
-    row_to_turn,
+    rows_to_turns,
     turn_to_row,
 )
 from tokentape.store import Failure, SessionRecord
@@ -101,10 +101,15 @@ def through_sql(made: Turn) -> Turn:
     try:
         connection.row_factory = sqlite3.Row
         connection.execute(create_table("turns", TURNS))
-        connection.execute(insert_into("turns", TURNS), turn_to_row("s", made))
-        row = connection.execute("SELECT * FROM turns").fetchone()
-        assert row["session_id"] == "s"
-        return row_to_turn(row)
+        rows = [made]
+        if made.parent_id is not None:  # a child is read with its parent, whose tools it has
+            rows.insert(0, turn(made.parent_id, tools=made.tools, arguments=made.arguments))
+        for each in rows:
+            connection.execute(insert_into("turns", TURNS), turn_to_row("s", each))
+        stored = connection.execute("SELECT * FROM turns").fetchall()
+        assert {row["session_id"] for row in stored} == {"s"}
+        assert (stored[-1]["tools"] is None) == (made.parent_id is not None)
+        return rows_to_turns(stored)[-1]
     finally:
         connection.close()
 
@@ -157,9 +162,9 @@ def test_values_that_are_near_each_other_stay_apart() -> None:
 def test_the_control_a_column_that_loses_something_is_seen() -> None:
     made = turn(logprobs=array("f", [-0.0, -1.5]))
     row = turn_to_row("s", made)
-    assert row_to_turn(row) == made
-    assert row_to_turn({**row, "logprobs": array("f", [0.0, -1.25]).tobytes()}) != made
-    assert row_to_turn({**row, "reply": '{"role":"assistant"}'}) != made
+    assert rows_to_turns([row]) == (made,)
+    assert rows_to_turns([{**row, "logprobs": array("f", [0.0, -1.25]).tobytes()}]) != (made,)
+    assert rows_to_turns([{**row, "reply": '{"role":"assistant"}'}]) != (made,)
 
 
 def test_columns_are_the_fields_of_what_they_hold() -> None:

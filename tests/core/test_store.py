@@ -77,7 +77,8 @@ async def test_a_session_comes_back_as_it_was(made: SessionRecord, store: Store,
 
 
 async def test_turns_and_failures_come_back_in_order(store: Store, open_store: Open) -> None:
-    turns = [turn(f"t{i}", parent_id=f"t{i - 1}" if i else None) for i in (3, 1, 2, 0)]
+    ids = ["t3", "t1", "t2", "t0"]  # not their own order
+    turns = [turn(i, parent_id=parent) for i, parent in zip(ids, [None, *ids], strict=False)]
     turns.append(
         turn(
             "t9",
@@ -571,3 +572,15 @@ async def test_the_control_a_store_that_answers_too_early_is_caught(tmp_path: Pa
     assert table_rows(tmp_path / "s.sqlite") == []  # acknowledged, and not there
     store._connection.execute("ROLLBACK")
     await store.aclose()
+
+
+async def test_one_file_has_one_exclusive_writer(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    first = SQLiteStore(path, exclusive=True)
+    with pytest.raises(ConfigError, match="in use by another gateway"):
+        SQLiteStore(path, exclusive=True)
+    reader = SQLiteStore(path)  # an export may look
+    await reader.aclose()
+    await first.aclose()
+    again = SQLiteStore(path, exclusive=True)  # the negative control: it was the lock, not the file
+    await again.aclose()

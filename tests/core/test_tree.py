@@ -530,3 +530,16 @@ def test_a_checker_that_cannot_fail_proves_nothing() -> None:
     assert check_samples(recorder.rows()) == []
     recorder.run([U, A, user("w")], said("c"))
     assert any("trained 2 times" in problem for problem in check_samples(recorder.rows()))
+
+
+def test_a_child_has_its_parents_frame() -> None:
+    tree = Tree(())
+    tree.commit(turn("a"))
+    tree.commit(turn("b", parent_id="a", branch_reason=None))  # the negative control
+    with pytest.raises(InternalError, match="parent's"):
+        tree.commit(turn("c", parent_id="a", branch_reason="forked", tools=({"type": "function"},)))
+
+
+def test_a_root_has_a_reason() -> None:
+    with pytest.raises(InternalError, match="without a reason"):
+        Tree(()).commit(turn("a", branch_reason=None))

@@ -33,8 +33,8 @@ LAYERS: dict[str, set[str]] = {
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
-        *TEXT, "engines", "export", "formats", "gateway", "metrics", "model", "parse", "render", "schema", "store",
-        "tape", "tree", "",
+        *TEXT, "engines", "export", "formats", "gateway", "metrics", "model", "parse", "render", "schema",
+        "store", "tape", "tree", "",
     },
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {*CORE, "demo", "engines", "export", "formats", "gateway", "model", "store", ""},

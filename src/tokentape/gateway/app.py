@@ -207,13 +207,13 @@ class _Routes:
         if not 1 <= limit <= 1000:
             raise RequestError("`limit` must be from 1 to 1000", param="limit")
         records = await self._sessions.list_sessions(
-            state=request.query.get("state"), after=request.query.get("after", ""), limit=limit
+            state=request.query.get("state"), after=request.query.get("after", ""), limit=limit + 1
         )
         rows = [
             {k: getattr(r, k) for k in ("session_id", "state", "created_at", "reward", "metadata")}
-            for r in records
+            for r in records[:limit]
         ]
-        return _json({"sessions": rows, "has_more": len(rows) == limit})
+        return _json({"sessions": rows, "has_more": len(records) > limit})
 
     async def show(self, request: web.Request) -> web.Response:
         session = await self._sessions.get(request.match_info["session_id"])

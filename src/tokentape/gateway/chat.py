@@ -204,6 +204,9 @@ def _value(name: str, raw: Raw) -> Any:
 
 
 def _sampling(values: Mapping[str, Any]) -> Sampling:
+    limits = {values[name] for name in ("max_completion_tokens", "max_tokens") if name in values}
+    if len(limits) > 1:
+        raise RequestError("`max_tokens` and `max_completion_tokens` differ: send one", param="max_tokens")
     stop = values.get("stop", ())
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not text for text in stop):
@@ -215,7 +218,7 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
         top_p=values.get("top_p"),
         top_k=values.get("top_k"),
         min_p=values.get("min_p"),
-        max_tokens=values.get("max_completion_tokens", values.get("max_tokens")),
+        max_tokens=next(iter(limits), None),
         stop=stop,
         stop_token_ids=tuple(values.get("stop_token_ids", ())),
         frequency_penalty=values.get("frequency_penalty"),

@@ -59,7 +59,7 @@ async def running(config: ServiceConfig) -> AsyncGenerator[str]:
     log.info("format: %s (%s)", row.name, why)
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
-        store = SQLiteStore(config.store)
+        store = SQLiteStore(config.store, exclusive=True)
         stack.push_async_callback(store.aclose)
         engine = SGLangEngine(config.engine, vocab_size=sizes.vocab_size or renderer.tokenizer.vocab_size)
         stack.push_async_callback(engine.aclose)

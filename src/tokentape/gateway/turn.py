@@ -365,8 +365,7 @@ class Turns:
         metrics.sampled_tokens.inc(len(turn.completion))
         metrics.rendered_tokens.inc(len(turn.prompt))
         metrics.neutralised.inc(len(turn.neutralised))
-        for name in turn.ignored:
-            metrics.ignored_fields.labels(name).inc()
+        metrics.ignored_fields.inc(len(turn.ignored))
 
     async def _fail(self, session: Session, error: TokentapeError, num_tokens: int) -> None:
         log.warning("session %s: turn failed: %s: %s", session.session_id, error.kind, error)
