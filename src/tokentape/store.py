@@ -128,16 +128,16 @@ class SQLiteStore:
     def __init__(self, path: Path | str, *, exclusive: bool = False) -> None:
         self._path = str(path)
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._lock = _lock(self._path) if exclusive else None
-        try:
-            self._connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-        except sqlite3.Error as error:
-            raise ConfigError(f"--store {self._path}: {error}") from error
-        try:
-            self._prepare()
-        except (sqlite3.Error, ConfigError) as error:
-            self._connection.close()
-            raise ConfigError(f"--store {self._path}: {error}") from error
+        with contextlib.ExitStack() as opened:
+            if exclusive:
+                opened.enter_context(_lock(self._path))
+            try:
+                connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+                self._connection = opened.enter_context(contextlib.closing(connection))
+                self._prepare()
+            except (sqlite3.Error, ConfigError) as error:
+                raise ConfigError(f"--store {self._path}: {error}") from error
+            self._opened = opened.pop_all()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="tokentape-store", daemon=True)
         self._thread.start()
@@ -210,9 +210,7 @@ class SQLiteStore:
             self._closed = True
             self._queue.put(None)
             await asyncio.to_thread(self._thread.join)
-            self._connection.close()
-            if self._lock is not None:
-                self._lock.close()
+            self._opened.close()
 
     def _prepare(self) -> None:
         connection = self._connection

@@ -29,7 +29,7 @@ TO_ENGINE: list[tuple[Json, Json]] = [
     ({}, {"max_new_tokens": 8192}),
     ({"max_tokens": 7}, {"max_new_tokens": 7}),
     ({"max_completion_tokens": 9}, {"max_new_tokens": 9}),
-    ({"max_completion_tokens": 9, "max_tokens": 7}, {"max_new_tokens": 9}),
+    ({"max_completion_tokens": 9, "max_tokens": 9}, {"max_new_tokens": 9}),
     ({"temperature": 0}, {"temperature": 0.0}),
     ({"temperature": 0.7}, {"temperature": 0.7}),
     ({"top_p": 0.5}, {"top_p": 0.5}),
