@@ -11,7 +11,7 @@ from typing import Any
 
 from tokentape.demo.task import CALCULATOR, SYSTEM, Question, calculator, make_question
 
-SLIP = 0.35  # share of questions that the demonstrator gets wrong
+SLIP = 0.41  # share of questions that the demonstrator gets wrong
 
 Message = dict[str, Any]
 

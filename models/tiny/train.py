@@ -5,18 +5,18 @@ entries, a Qwen3 of 1.97 M parameters (4 layers, hidden size 192; 3.9 MB in bf16
 template there is written by hand. All data is generated (`conversations.py`); data, first weights and BPE
 dropout come from `--seed`, so that seed, steps and number of threads fix a run on one machine.
 
-    python models/tiny/train.py                      # the bundled model: seed 0, 1200 steps
+    python models/tiny/train.py                      # the bundled model: seed 0, 850 steps
     python models/tiny/train.py --smoke --out DIR    # a few steps, to see that everything runs
     python models/tiny/train.py --evaluate-only      # measure what is there
 
 Measured on the bundled weights (bf16, loaded back and run in float32; 400 episodes at temperature 1, seed 0):
 
     valid first calls            98.5 %
-    right answers                58.2 %
-    non-canonical completions    18.1 %
+    right answers                55.8 %
+    non-canonical completions    23.9 %
     turns per episode            2.65
 
-1200 steps saw 2.7 M tokens and took 20.8 minutes with two threads on two busy cores (2,200 tokens/s).
+850 steps saw 1.9 M tokens and took 8.1 minutes with two threads on two busy cores (3,944 tokens/s).
 
 Two habits keep it interesting: the demonstrator errs (`conversations.SLIP`), so a policy-gradient step has
 something to gain, and a fifth of the completions are drawn with BPE dropout, so the model samples ids that a
@@ -54,12 +54,12 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-STEPS = 1200  # of the bundled model
+STEPS = 850  # of the bundled model
 VOCAB_SIZE = 1024
 CONTEXT = 4096
 SHORT = 0.5  # share of the training that leaves out the system turn
 MAX_TOKENS = 1024  # longest conversation trained on
-NON_CANONICAL = 0.19  # share of completions whose tokens are drawn with BPE dropout
+NON_CANONICAL = 0.23  # share of completions whose tokens are drawn with BPE dropout
 DROPOUT = 0.06  # share of merges skipped in those
 
 

@@ -25,7 +25,10 @@ from tokentape.model import TINY_MODEL
 from tokentape.store import SQLiteStore
 
 _LEVELS = ("debug", "info", "warning", "error")
-_FORMAT_NAMES = ", ".join(row.name for row in FORMATS if row.calls or row.reasoning)
+_PORT = click.IntRange(0, 65535)
+_SECONDS = click.FloatRange(min=0, min_open=True)
+_TOOL_FORMATS = ", ".join(row.name for row in FORMATS if row.calls)
+_REASONING_FORMATS = ", ".join(row.name for row in FORMATS if row.reasoning)
 
 
 class _Group(click.Group):
@@ -93,7 +96,7 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=int, default=8000, show_default=True, help="Port to listen on; 0 picks a free one."
+    "--port", type=_PORT, default=8000, show_default=True, help="Port to listen on; 0 picks a free one."
 )
 @click.option(
     "--store",
@@ -107,14 +110,14 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
     default="auto",
     show_default=True,
     metavar="NAME",
-    help=f"How the model writes tool calls: auto reads the template; else one of {_FORMAT_NAMES}, plain.",
+    help=f"How the model writes tool calls: auto reads the template; else one of {_TOOL_FORMATS}, plain.",
 )
 @click.option(
     "--reasoning-format",
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="How the model writes reasoning: auto reads the template; else a name as above.",
+    help=f"How the model writes reasoning: auto reads the template; else one of {_REASONING_FORMATS}, plain.",
 )
 @click.option(
     "--history",
@@ -125,6 +128,7 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
 )
 @click.option("--auto-sessions", is_flag=True, help="Create unknown sessions when they are first used.")
 @click.option("--api-key", envvar="TOKENTAPE_API_KEY", help="Require this key from every caller.")
+@click.option("--engine-api-key", envvar="TOKENTAPE_ENGINE_API_KEY", help="The key that the engine asks for.")
 @click.option(
     "--strict", is_flag=True, help="Refuse request fields that have no effect, instead of recording them."
 )
@@ -140,20 +144,24 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
     help="Tokens to sample where neither request nor context length says.",
 )
 @click.option(
-    "--connect-timeout", type=float, default=5.0, show_default=True, help="Seconds to reach the engine."
+    "--connect-timeout", type=_SECONDS, default=5.0, show_default=True, help="Seconds to reach the engine."
 )
 @click.option(
     "--first-token-timeout",
-    type=float,
+    type=_SECONDS,
     default=600.0,
     show_default=True,
     help="Seconds to a stream's first token.",
 )
 @click.option(
-    "--token-timeout", type=float, default=60.0, show_default=True, help="Seconds between a stream's tokens."
+    "--token-timeout",
+    type=_SECONDS,
+    default=60.0,
+    show_default=True,
+    help="Seconds between a stream's tokens.",
 )
 @click.option(
-    "--timeout", type=float, default=3600.0, show_default=True, help="Seconds for a whole generation."
+    "--timeout", type=_SECONDS, default=3600.0, show_default=True, help="Seconds for a whole generation."
 )
 @click.option(
     "--max-connections",
@@ -166,7 +174,11 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
     "--max-body-mb", type=click.IntRange(min=1), default=64, show_default=True, help="Largest request."
 )
 @click.option(
-    "--drain-timeout", type=float, default=30.0, show_default=True, help="Seconds to finish at SIGTERM."
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds to finish at SIGTERM.",
 )
 @click.option(
     "--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="Logs go to stderr."
@@ -182,6 +194,7 @@ def serve(
     history: Any,
     auto_sessions: bool,
     api_key: str | None,
+    engine_api_key: str | None,
     strict: bool,
     served_model_name: str,
     context_length: int | None,
@@ -201,6 +214,8 @@ def serve(
     reward; read its tapes from /sessions/ID/samples, or all of them with `tokentape export`.
     """
     _log_to_stderr(log_level)
+    if api_key is not None and not api_key.strip():
+        raise ConfigError("--api-key is empty: leave it out, or give a key (is its variable set?)")
     if len(engines) > 1:
         raise ConfigError("several --engine URLs are not supported yet: give one, for example a router's")
     config = ServiceConfig(
@@ -212,6 +227,7 @@ def serve(
             token_timeout_s=token_timeout,
             total_timeout_s=timeout,
             max_connections=max_connections,
+            api_key=engine_api_key,
         ),
         store=store,
         host=host,
@@ -239,7 +255,7 @@ def serve(
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=int, default=30000, show_default=True, help="Port to listen on; 0 picks a free one."
+    "--port", type=_PORT, default=30000, show_default=True, help="Port to listen on; 0 picks a free one."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option(
@@ -289,7 +305,7 @@ def export(store: Path, out: Path, session_ids: Sequence[str]) -> None:
     """
 
     async def run() -> int:
-        source = SQLiteStore(store)
+        source = SQLiteStore(store, readonly=True)
         try:
             return await write_parquet(out, _batches(source, session_ids))
         finally:

@@ -18,10 +18,14 @@ _FILES = ["*.json", "*.jinja", "tokenizer.model"]
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """What `config.json` says: the number of ids and positions; None where it does not say."""
+    """What a model's configuration says; None where it does not say.
 
-    vocab_size: int | None
-    context_length: int | None
+    `vocab_size` ids, `context_length` tokens; `eos_ids` end a turn.
+    """
+
+    vocab_size: int | None = None
+    context_length: int | None = None
+    eos_ids: frozenset[int] = frozenset()
 
 
 def model_directory(name: str) -> Path:
@@ -44,17 +48,24 @@ def model_directory(name: str) -> Path:
 
 
 def model_sizes(directory: Path) -> ModelSizes:
-    """Read the sizes from `config.json`, where there is one.
+    """Read `config.json` and `generation_config.json`, where they are.
 
     Raises:
-        ConfigError: the file is not JSON.
+        ConfigError: a file is not JSON.
     """
-    path = directory / "config.json"
+    config = _read(directory / "config.json")
+    text: dict[str, Any] = config.get("text_config") or config  # multimodal models nest it
+    eos_ids: set[int] = set()
+    for source in (config, text, _read(directory / "generation_config.json")):
+        eos: int | list[int] | None = source.get("eos_token_id")
+        eos_ids.update([eos] if isinstance(eos, int) else eos or [])
+    return ModelSizes(text.get("vocab_size"), text.get("max_position_embeddings"), frozenset(eos_ids))
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
-        return ModelSizes(None, None)
+        return {}
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    text: dict[str, Any] = config.get("text_config") or config  # multimodal models nest it
-    return ModelSizes(text.get("vocab_size"), text.get("max_position_embeddings"))

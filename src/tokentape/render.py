@@ -154,6 +154,12 @@ class Renderer:
         log.info("tokenizer: %s, %d ids", tokenizer.backend_name, tokenizer.vocab_size)
         return cls(tokenizer, template, history=history)
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The id of the tokenizer's own end-of-turn token, if it names one."""
+        eos = self.tokenizer.id_of(self.template.special_tokens.get("eos_token", ""))
+        return frozenset() if eos is None else frozenset({eos})
+
     def render(self, frame: Frame, messages: Sequence[Message]) -> Rendered:
         """The whole conversation's prompt ids, generation prompt included.
 
@@ -162,8 +168,9 @@ class Renderer:
             RequestError: a tool call's arguments are not what the template needs.
         """
         plain = [self.template.to_json(m) for m in messages]
-        tools, dicts, marking = mark_untrusted(self.tokenizer, frame.tools, plain)
-        text = self.template.render(dicts, tools, frame.arguments, add_generation_prompt=True)
+        context, dicts, marking = mark_untrusted(self.tokenizer, [dict(frame.arguments), *frame.tools], plain)
+        arguments, *tools = context
+        text = self.template.render(dicts, tools, arguments, add_generation_prompt=True)
         if not text:
             raise TemplateRefused("the model's chat template renders this conversation as nothing")
         return self._encode(text, marking, after=None)
@@ -179,11 +186,13 @@ class Renderer:
         Raises:
             RequestError: a tool call in `new` has arguments that the template cannot take.
         """
+        if (
+            ended.in_reasoning and not ended.message.reasoning
+        ):  # cut before its first word: a thought all the same
+            ended = Ended(replace(ended.message, reasoning="x"), ended.stop_id, in_reasoning=True)
+        # Harmony shows a call's name with its result: the names are untrusted text of the bridge, too.
         names: Json = {"role": "assistant", "names": [call.name for call in ended.message.tool_calls]}
-        plain = [
-            names,
-            *(self.template.to_json(m) for m in new),
-        ]  # Harmony shows the call's name with a result
+        plain = [names, *(self.template.to_json(m) for m in new)]
         _, dicts, marking = mark_untrusted(self.tokenizer, (), plain)
         stand_in = Frame(self._tools if frame.tools else (), frame.arguments)
         seam = self._find_seam(stand_in, outline, ended, dicts)

@@ -119,22 +119,37 @@ class SQLiteStore:
         path: the file; its directory must exist. ":memory:" keeps nothing after `aclose`.
         exclusive: be the only one who may write it until `aclose` or the end of the process. Two gateways on
             one file would each extend trees that the other does not know.
+        readonly: only look, beside a gateway that writes; the file must be a store.
+        tokenizer: fingerprint of the tokenizer whose ids the file holds; a new file takes it.
 
     Raises:
-        ConfigError: the file cannot be opened, is no SQLite file, has a newer schema, or is another's
-            exclusively.
+        ConfigError: the file cannot be opened, is no SQLite file, has a newer schema, is another's
+            exclusively, or holds the ids of another tokenizer.
     """
 
-    def __init__(self, path: Path | str, *, exclusive: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        exclusive: bool = False,
+        readonly: bool = False,
+        tokenizer: str | None = None,
+    ) -> None:
         self._path = str(path)
+        self._readonly = readonly
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         with contextlib.ExitStack() as opened:
             if exclusive:
                 opened.enter_context(_lock(self._path))
             try:
-                connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+                connection = sqlite3.connect(
+                    f"{Path(self._path).absolute().as_uri()}?mode=ro" if readonly else self._path,
+                    check_same_thread=False,
+                    isolation_level=None,
+                    uri=readonly,
+                )
                 self._connection = opened.enter_context(contextlib.closing(connection))
-                self._prepare()
+                self._prepare(tokenizer)
             except (sqlite3.Error, ConfigError) as error:
                 raise ConfigError(f"--store {self._path}: {error}") from error
             self._opened = opened.pop_all()
@@ -212,11 +227,12 @@ class SQLiteStore:
             await asyncio.to_thread(self._thread.join)
             self._opened.close()
 
-    def _prepare(self) -> None:
+    def _prepare(self, tokenizer: str | None) -> None:
         connection = self._connection
         connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
+        if not self._readonly:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA busy_timeout=10000")  # an export may read the file at the same time
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
@@ -225,13 +241,25 @@ class SQLiteStore:
                 "use the newer tokentape that wrote it"
             )
         for name, columns in (("sessions", SESSIONS), ("turns", TURNS), ("failures", FAILURES)):
-            connection.execute(create_table(name, columns))
+            if not self._readonly:
+                connection.execute(create_table(name, columns))
             names = ", ".join(c.name for c in columns)
             connection.execute(f"SELECT {names} FROM {name} LIMIT 0")  # noqa: S608  # not somebody else's table
+        if self._readonly:
+            return
         connection.execute("CREATE INDEX IF NOT EXISTS turns_by_session ON turns (session_id)")
         connection.execute("CREATE INDEX IF NOT EXISTS failures_by_session ON failures (session_id)")
         if version < SCHEMA_VERSION:
             connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        if tokenizer is not None:
+            connection.execute("CREATE TABLE IF NOT EXISTS tokenizer (fingerprint TEXT NOT NULL)")
+            found = connection.execute("SELECT fingerprint FROM tokenizer").fetchone()
+            if found is None:
+                connection.execute("INSERT INTO tokenizer VALUES (?)", (tokenizer,))
+            elif found[0] != tokenizer:
+                raise ConfigError(
+                    "its sessions were recorded with another tokenizer: use another --store for this --model"
+                )
 
     async def _do(self, run: Callable[[sqlite3.Connection], T], *, writes: bool = True) -> T:
         if self._closed:

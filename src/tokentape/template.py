@@ -42,7 +42,7 @@ class ChatTemplate:
             tree = environment.parse(self.source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template does not compile: {error}") from error
-        self._special_tokens = dict(special_tokens)
+        self.special_tokens = dict(special_tokens)
         self.literal_text = _literal_text(tree)
         self.content_tests = _content_tests(tree)
         self.arguments_as_text = False
@@ -65,7 +65,7 @@ class ChatTemplate:
             listed = cast("list[dict[str, str]]", source)
             named = {t["name"]: t["template"] for t in listed}
             source, tool_source = named.get("default"), named.get("tool_use")
-        if not isinstance(source, str):
+        if not isinstance(source, str) or not source.strip():
             raise ConfigError(
                 f"no chat template: neither {path} nor a `chat_template` in {config_path} exists; "
                 "copy the template of the model you train into the directory"
@@ -88,14 +88,14 @@ class ChatTemplate:
         Raises:
             TemplateRefused: the template raised, with its words.
         """
-        variables = {**self._special_tokens, **arguments}
+        variables = {**self.special_tokens, **{k: v for k, v in arguments.items() if k not in RESERVED}}
         try:
             return (self._tool_template if tools else self._template).render(
                 messages=messages,
                 tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **{k: v for k, v in variables.items() if k not in _RESERVED},
+                **variables,
             )
         except jinja2.TemplateError as error:
             raise TemplateRefused(
@@ -178,7 +178,14 @@ PROBE_TOOL: Json = {
 }
 # Arguments encoded twice, Python's repr of a dict, a content of None printed as a word.
 _MISRENDERED = ('\\"key0\\"', "'key0'", "None")
-_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+RESERVED = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt"),
+        *("raise_exception", "strftime_now", "range", "dict", "lipsum", "cycler", "joiner", "namespace"),
+        *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+    }
+)
+"""Names that a template reads and a caller's arguments may not take."""
 
 
 class _Generation(jinja2.ext.Extension):

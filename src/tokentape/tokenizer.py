@@ -5,6 +5,7 @@ faster. The fast one is used only after it has agreed with the reference on a pr
 """
 
 import codecs
+import hashlib
 import json
 import logging
 import re
@@ -15,7 +16,6 @@ from typing import Any, Protocol
 
 import fastokens  # pyright: ignore[reportMissingTypeStubs]
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from tokentape.errors import ConfigError
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 # A control token looks like <this>, [THIS], or MiniMax's [e~[ and ]~b]. Ordinary added tokens (Gemma's runs
 # of newlines, `/nothink`) do not.
 _BRACKETED = re.compile(r"^[<\[\]]\S.*[>\[\]]$", re.DOTALL)
+
+_SINGLE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 # Beside the model's own template and control tokens: scripts, digits, code, runs of whitespace, emoji, odd
 # Unicode.
@@ -84,8 +86,9 @@ class Tokenizer:
     `control_tokens` are the texts that a template may write and an untrusted text may not: special added
     tokens, and other bracketed added tokens that `template_text` contains. `added_ids` are the ids of all
     added tokens: a stop token is one of them. `untrusted_pattern` finds control tokens in a string,
-    and texts that the template would complete to one; `completed` says to which. `vocab_size` is the largest
-    id + 1. `num_ids` ids can be decoded, where the model has more of them.
+    and texts that the template would complete to one; `completed` says to which. `fingerprint` tells one
+    tokenizer from another. `vocab_size` is the largest id + 1. `num_ids` ids can be decoded, where the model
+    has more of them.
     """
 
     def __init__(self, path: Path, *, template_text: str = "", num_ids: int | None = None) -> None:
@@ -98,6 +101,7 @@ class Tokenizer:
             ) from None
         except Exception as error:  # `tokenizers` raises bare Exception
             raise ConfigError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from error
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         spec: dict[str, Any] = json.loads(text)
         self._reference.no_truncation()
         self._reference.no_padding()
@@ -195,23 +199,32 @@ class _ByteStream:
 
 
 class _GenericStream:
-    """For every other vocabulary: the library's own incremental decoder."""
+    """For every other vocabulary: decode what there is, hold back a run of single bytes at its end.
+
+    (`tokenizers`' own stream decoder raises on some byte runs, and its pieces are not always the whole.)
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
-        self._num_chars = 0
+        self._shown = ""
 
     def feed(self, ids: Iterable[int]) -> str:
-        new = list(ids)
-        self._ids += new
-        text = "".join(self._stream.step(self._tokenizer, i) or "" for i in new)
-        self._num_chars += len(text)
-        return text
+        self._ids += ids
+        end = len(self._ids)
+        while end and _SINGLE_BYTE.fullmatch(self._tokenizer.id_to_token(self._ids[end - 1]) or ""):
+            end -= 1
+        return self._show(self._ids[:end])
 
     def finish(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=False)[self._num_chars :]
+        return self._show(self._ids)
+
+    def _show(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        if not text.startswith(self._shown):  # more may follow that makes it one
+            return ""
+        new, self._shown = text[len(self._shown) :], text
+        return new
 
 
 def _completions(tokens: Collection[str], literals: Sequence[str]) -> tuple[dict[str, str], list[str]]:

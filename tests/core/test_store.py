@@ -574,6 +574,15 @@ async def test_the_control_a_store_that_answers_too_early_is_caught(tmp_path: Pa
     await store.aclose()
 
 
+async def test_ids_of_two_tokenizers_never_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    await SQLiteStore(path, tokenizer="a").aclose()
+    await SQLiteStore(path).aclose()  # an export does not ask
+    await SQLiteStore(path, tokenizer="a").aclose()
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        SQLiteStore(path, tokenizer="b")
+
+
 async def test_one_file_has_one_exclusive_writer(tmp_path: Path) -> None:
     path = tmp_path / "store.sqlite"
     first = SQLiteStore(path, exclusive=True)

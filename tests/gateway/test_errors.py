@@ -172,6 +172,8 @@ BAD_BODIES: dict[str, tuple[Any, str | None]] = {
     "max_tokens 0": (chat(max_tokens=0), "max_tokens"),
     "max_tokens 1.5": (chat(max_tokens=1.5), "max_tokens"),
     "max_tokens: string": (chat(max_tokens="7"), "max_tokens"),
+    "template argument messages": (chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs"),
+    "template argument bos_token": (chat(chat_template_kwargs={"bos_token": "x"}), "chat_template_kwargs"),
     "max_completion_tokens -1": (chat(max_completion_tokens=-1), "max_completion_tokens"),
     "temperature -1": (chat(temperature=-1), "temperature"),
     "temperature: string": (chat(temperature="1"), "temperature"),
@@ -250,9 +252,6 @@ ODD_BODIES: dict[str, Any] = {
         ]
     ),
     "big numbers in template arguments": chat(chat_template_kwargs={"x": 2**70}),
-    "reserved template arguments": chat(
-        chat_template_kwargs={"messages": [], "tools": [], "add_generation_prompt": False}
-    ),
     "NUL": chat({"role": "user", "content": "a\0b\x7f"}),
     "noncharacters": chat({"role": "user", "content": "\ufdd0\uffff <|im_end|>"}),
     "astral": chat({"role": "user", "content": "👩‍👩‍👧"}),

@@ -433,3 +433,22 @@ async def test_negative_control(
     spoil(samples)
     with pytest.raises(AssertionError):
         assert_samples_match(seen_by(fake), samples, num_turns=2)
+
+
+async def test_a_length_cut_that_falls_on_the_stop_token(fake: FakeSGLang, gateway: Gateway) -> None:
+    """It ends the turn once: neither leaked as text nor written again by the bridge."""
+    session_id = await gateway.create()
+    end = fake.tokenizer.token_to_id("<|im_end|>")
+    fake.script(Reply(ids=[*fake.tokenizer.encode("hello").ids, end], finish="length"))
+    messages = [{"role": "user", "content": "Hi."}]
+    reply = await gateway.chat(session_id, messages)
+    assert reply["choices"][0]["message"]["content"] == "hello"
+    fake.script(Reply(ids=[end]))
+    await gateway.chat(session_id, [*messages, reply["choices"][0]["message"], messages[0]])
+    first, second = fake.requests[-2:]
+    bridge = second.input_ids[len(first.input_ids) + len(first.output_ids) :]
+    assert second.input_ids[: len(first.input_ids) + len(first.output_ids)] == [
+        *first.input_ids,
+        *first.output_ids,
+    ]
+    assert bridge.count(end) == 1  # the user's turn

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import random
 import sys
 from collections import Counter
@@ -45,7 +46,7 @@ class Findings:
 
 
 async def run_demo(*, episodes: int, concurrency: int, out: Path, seed: int) -> bool:
-    """Run the episodes and print the summary; True when every recorded log-probability was confirmed.
+    """Run the episodes and print the summary; True when none failed and every log-probability held.
 
     Raises:
         ConfigError: engine or gateway do not start.
@@ -80,7 +81,7 @@ async def run_demo(*, episodes: int, concurrency: int, out: Path, seed: int) -> 
     console.print(f"tapes    {rollouts}")
     if rows:
         _print_tape(console, rows)
-    return findings.max_difference <= TOLERANCE
+    return not failures and bool(rows) and findings.max_difference <= TOLERANCE
 
 
 def _fresh(out: Path) -> tuple[Path, Path]:
@@ -133,7 +134,10 @@ async def _rollouts(
                     earned.append(
                         await _episode(http, gateway, question, seed=1000 * (seed * len(questions) + index))
                     )
-                except APIError as error:  # a bad rollout is data: it is counted, the others go on
+                except (
+                    APIError,
+                    aiohttp.ClientError,
+                ) as error:  # a bad rollout is data: it is counted, the others go on
                     failures[type(error).__name__] += 1
                 mean = sum(earned) / len(earned) if earned else 0.0
                 progress.update(task, advance=1, description=f"mean reward {mean:.2f}")
@@ -185,10 +189,12 @@ def _inspect(rows: Sequence[dict[str, Any]]) -> Findings:
         if not len(ids) == len(mask) == len(logprobs):
             raise InternalError(f"sample {row['sample_id']}: arrays of different lengths")
         again = [0.0, *forward.logprobs(ids)]
-        worst = max([worst, *(abs(logprobs[i] - again[i]) for i, m in enumerate(mask) if m)])
+        differences = [abs(logprobs[i] - again[i]) for i, m in enumerate(mask) if m]
+        worst = max([worst, *(d if math.isfinite(d) else math.inf for d in differences)])
         for turn in row["turns"]:
             sampled = ids[turn["start"] : turn["end"]]
-            drifted += tokenizer.encode(tokenizer.decode(sampled)).tolist() != sampled
+            drifts = tokenizer.encode(tokenizer.decode(sampled)).tolist() != sampled
+            drifted += drifts and turn["trained"]
     turns = [turn for row in rows for turn in row["turns"] if turn["trained"]]
     return Findings(
         num_samples=len(rows),

@@ -29,7 +29,6 @@ from tokentape.gateway import chat as wire
 from tokentape.gateway.sessions import Session, Sessions
 from tokentape.gateway.turn import Progress, Turns
 from tokentape.metrics import Metrics
-from tokentape.store import Store
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json
 
@@ -62,7 +61,6 @@ class Gateway:
     engine: Engine
     sessions: Sessions
     turns: Turns
-    store: Store
     tokenizer: Tokenizer
     metrics: Metrics
 
@@ -128,7 +126,7 @@ def _boundary(gateway: Gateway) -> Any:
             return _error(TooLarge(f"the body is larger than {gateway.config.max_body_bytes} bytes"))
         except web.HTTPException as error:
             text = f"{request.method} {request.path}: {error.reason}"
-            return _error(NotFound(text), status=error.status)
+            return _error(NotFound(text) if error.status == 404 else RequestError(text), status=error.status)
         except Exception:
             log.exception("%s %s", request.method, request.path)
             return _error(InternalError("an internal error of tokentape; its log has the details"))
@@ -206,8 +204,11 @@ class _Routes:
             raise RequestError("`limit` must be a number", param="limit") from None
         if not 1 <= limit <= 1000:
             raise RequestError("`limit` must be from 1 to 1000", param="limit")
+        state = request.query.get("state")
+        if state not in (None, "open", "finished", "sealed"):
+            raise RequestError("`state` must be open, finished or sealed", param="state")
         records = await self._sessions.list_sessions(
-            state=request.query.get("state"), after=request.query.get("after", ""), limit=limit + 1
+            state=state, after=request.query.get("after", ""), limit=limit + 1
         )
         rows = [
             {k: getattr(r, k) for k in ("session_id", "state", "created_at", "reward", "metadata")}
@@ -286,11 +287,11 @@ class _Routes:
         )
         writer = wire.ChunkWriter(call, self._gateway.tokenizer)
 
-        async def write(data: bytes) -> None:
+        async def write(data: bytes, *, last: bool = False) -> None:
             try:
                 if not response.prepared:
                     await response.prepare(request)
-                await response.write(data)
+                await (response.write_eof(data) if last else response.write(data))
             except ConnectionError as error:
                 raise ClientGone("the client closed the stream") from error
 
@@ -306,8 +307,7 @@ class _Routes:
                 raise
             end = writer.error(error)
         with contextlib.suppress(ClientGone):  # the turn is committed, or its failure recorded
-            await write(end)
-            await response.write_eof()
+            await write(end, last=True)
         return response
 
     async def _session(self, request: web.Request) -> Session:
@@ -316,9 +316,10 @@ class _Routes:
         if session_id is None and self._config.api_key is None:
             session_id = _credential(request)
         if not session_id:
+            elsewhere = " or API key" if self._config.api_key is None else ""
             raise NotFound(
                 "no session: use the base_url that POST /sessions answers, or send its id as "
-                "X-Session-Id header or API key"
+                f"X-Session-Id header{elsewhere}"
             )
         return await self._sessions.get(session_id, used=True)
 

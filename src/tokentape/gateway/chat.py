@@ -1,12 +1,12 @@
 """OpenAI Chat Completions ↔ turns: one request in, one completion or a stream of chunks out.
 
-Every request field is in one of three lists: honoured, refused with a 400 that names it, or ignored and
+Every field of a request is in one of three lists: honoured, refused with a 400 that names it, or ignored and
 recorded with the turn (refused too under `--strict`). Nothing is dropped in silence.
 """
 
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from tokentape.errors import ContextOverflow, RequestError, TokentapeError
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.turn import Done, Progress, TurnRequest, new_turn_id
 from tokentape.parse import CallDelta, ParseEvent, ReasoningDelta, TextDelta
+from tokentape.template import RESERVED
 from tokentape.tokenizer import Tokenizer
 from tokentape.tree import Known, know
 from tokentape.types import Json, Message, Sampling, ToolCall
@@ -155,6 +156,11 @@ def decode(body: bytes, session: Session, *, default_model: str, strict: bool = 
     ignored = tuple(sorted(fields.keys() - HONOURED.keys() - REFUSED.keys()))
     if ignored and strict:
         raise RequestError(f"`{ignored[0]}` has no effect here, and --strict refuses it", param=ignored[0])
+    for name in values.get("chat_template_kwargs", {}):
+        if name in RESERVED:
+            raise RequestError(
+                f"`chat_template_kwargs.{name}` is the gateway's own", param="chat_template_kwargs"
+            )
     tools = bytes(fields["tools"]) if values.get("tools") else b"[]"
     arguments = bytes(fields["chat_template_kwargs"]) if "chat_template_kwargs" in values else b"{}"
     try:
@@ -195,7 +201,7 @@ def session_sampling(fields: Mapping[str, Raw]) -> Sampling:
 
 def _value(name: str, raw: Raw) -> Any:
     try:
-        return msgspec.json.decode(raw, type=HONOURED.get(name, Any) | None if name in HONOURED else Any)
+        return msgspec.json.decode(raw, type=HONOURED[name] | None if name in HONOURED else Any)
     except msgspec.DecodeError as error:
         where = str(error).replace("`$", f"`{name}")
         raise RequestError(f"`{name}`: {where}", param=name) from None
@@ -294,6 +300,8 @@ def _message(raw: Raw, where: str) -> Message:
 
 
 def _call(call: _WireCall, where: str) -> ToolCall:
+    if call.function is None and call.type == "function":
+        raise RequestError(f"{where}.tool_calls: `function` is missing", param=f"{where}.tool_calls")
     if call.function is None:
         raise RequestError(
             f"{where}.tool_calls: type {call.type!r} is not supported, only functions",
@@ -311,6 +319,10 @@ def _text(content: str | list[_Part] | None, where: str) -> str | None:
     texts: list[str] = []
     for index, part in enumerate(content):
         text = part.text if part.type == "text" else part.refusal if part.type == "refusal" else None
+        if text is None and part.type in ("text", "refusal"):
+            raise RequestError(
+                f"{where}.content[{index}].{part.type} is missing", param=f"{where}.content[{index}]"
+            )
         if text is None:
             raise RequestError(
                 f"{where}.content[{index}]: parts of type {part.type!r} are not supported, only text",
@@ -479,5 +491,5 @@ def _logprobs(ids: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenize
     return {"content": list(entries()), "refusal": None}
 
 
-def _sse(value: Json, encode: Callable[[Any], bytes] = msgspec.json.encode) -> bytes:
-    return b"data: " + encode(value) + b"\n\n"
+def _sse(value: Json) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"

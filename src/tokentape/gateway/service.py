@@ -56,10 +56,10 @@ async def running(config: ServiceConfig) -> AsyncGenerator[str]:
         Renderer.from_dir, directory, history=config.history, num_ids=sizes.vocab_size
     )
     row, why = detect(renderer.template.source, config.tool_format, config.reasoning_format)
-    log.info("format: %s (%s)", row.name, why)
+    log.log(logging.WARNING if "not supported" in why else logging.INFO, "format: %s (%s)", row.name, why)
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
-        store = SQLiteStore(config.store, exclusive=True)
+        store = SQLiteStore(config.store, exclusive=True, tokenizer=renderer.tokenizer.fingerprint)
         stack.push_async_callback(store.aclose)
         engine = SGLangEngine(config.engine, vocab_size=sizes.vocab_size or renderer.tokenizer.vocab_size)
         stack.push_async_callback(engine.aclose)
@@ -74,9 +74,10 @@ async def running(config: ServiceConfig) -> AsyncGenerator[str]:
             sessions,
             metrics,
             context_length=config.http.context_length or sizes.context_length,
+            eos_ids=sizes.eos_ids | renderer.eos_ids,
             default_max_tokens=config.default_max_tokens,
         )
-        gateway = Gateway(config.http, engine, sessions, turns, store, renderer.tokenizer, metrics)
+        gateway = Gateway(config.http, engine, sessions, turns, renderer.tokenizer, metrics)
         url = await stack.enter_async_context(
             serve(make_app(gateway), config.host, config.port, drain_s=config.drain_s)
         )

@@ -5,10 +5,10 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ from tokentape.tape import Turn
 from tokentape.tree import Known, Tree, frame_key
 from tokentape.types import Json, Sampling
 
+_T = TypeVar("_T")
 SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:@-]{0,127}")
 
 
@@ -143,6 +144,7 @@ class Sessions:
             SessionExists: the id is taken.
             RequestError: the id has characters that a URL or a header cannot carry.
         """
+        _check_metadata(metadata or {})
         if session_id is None:
             session_id = f"s-{secrets.token_urlsafe(18).replace('_', '~')}"
         elif not SESSION_ID.fullmatch(session_id):
@@ -188,11 +190,15 @@ class Sessions:
             return await self.get(session_id)
 
     async def finish(self, session: Session, reward: float | None, metadata: Mapping[str, Any]) -> None:
-        """Close a session. Finishing again changes nothing, and is an error only with another reward.
+        """Close a session. Finishing again changes nothing, and is an error only where it would.
 
         Raises:
-            SessionClosed: it is finished with another reward.
+            SessionClosed: it is finished with another reward or other metadata.
         """
+        _check_metadata(metadata)
+        await to_the_end(self._finish(session, reward, metadata))
+
+    async def _finish(self, session: Session, reward: float | None, metadata: Mapping[str, Any]) -> None:
         async with session.commit_lock:
             record = session.record
             if record.state == "finished":
@@ -200,10 +206,13 @@ class Sessions:
                     raise SessionClosed(
                         f"session {session.session_id!r} is finished with reward {record.reward}"
                     )
+                if any(record.metadata.get(key) != value for key, value in metadata.items()):
+                    raise SessionClosed(f"session {session.session_id!r} is finished with other metadata")
                 return
             done = replace(record, state="finished", reward=reward, metadata={**record.metadata, **metadata})
             await self._store.put_session(done)
             session.record = done
+            self._forget(session)
 
     async def delete(self, session_id: str) -> None:
         """Remove a session from memory and store.
@@ -211,15 +220,17 @@ class Sessions:
         Raises:
             NotFound: there is none.
         """
+        await to_the_end(self._delete(session_id))
+
+    async def _delete(self, session_id: str) -> None:
         async with self._lock:
             session = await self._find(session_id)
             if session is None:
                 raise NotFound(f"session {session_id!r} does not exist")
             async with session.commit_lock:
-                session.record = replace(session.record, state="deleted")  # turns under way find it closed
                 await self._store.delete(session_id)
-                del self._sessions[session_id]
-                self._metrics.sessions.set(len(self._sessions))
+                session.record = replace(session.record, state="deleted")  # turns under way find it closed
+                self._forget(session)
 
     async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
         """Records of sessions, by id."""
@@ -242,12 +253,40 @@ class Sessions:
         if not SESSION_ID.fullmatch(session_id):  # no such id was ever given; it may not even be text
             return None
         stored = await self._store.load(session_id)
-        return None if stored is None else self._keep(restore(stored, self._content_tests))
+        if stored is None:
+            return None
+        session = restore(stored, self._content_tests)
+        return self._keep(session) if session.record.state == "open" else session
+
+    def _forget(self, session: Session) -> None:
+        """Free the memory of a session that takes no more turns; it is read from the store when asked for."""
+        self._sessions.pop(session.session_id, None)
+        self._metrics.sessions.set(len(self._sessions))
 
     def _keep(self, session: Session) -> Session:
         self._sessions[session.session_id] = session
         self._metrics.sessions.set(len(self._sessions))
         return session
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    if "tokentape" in metadata:
+        raise RequestError("the metadata key `tokentape` is the gateway's own", param="metadata.tokentape")
+
+
+async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Await work that must not stop half-way: a caller cancelled meanwhile is so only after its end."""
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        task.exception()  # somebody has looked at it
+        raise asyncio.CancelledError
+    return task.result()
 
 
 def restore(stored: StoredSession, content_tests: tuple[str, ...] = ()) -> Session:

@@ -22,7 +22,7 @@ from tokentape.errors import (
     TokentapeError,
 )
 from tokentape.formats import Format
-from tokentape.gateway.sessions import Session, Sessions
+from tokentape.gateway.sessions import Session, Sessions, to_the_end
 from tokentape.metrics import Metrics
 from tokentape.parse import ParseEvent, Parser, ParseResult
 from tokentape.render import Ended, Frame, NotExtendable, Rendered, Renderer
@@ -113,7 +113,8 @@ class _Reader:
 class Turns:
     """Runs turns of any session against one engine.
 
-    `context_length` in tokens bounds prompt plus completion; None: only the engine knows it.
+    `context_length` in tokens bounds prompt plus completion; None: only the engine knows it. `eos_ids` end a
+    turn even where the engine does not say so.
     `default_max_tokens` holds where neither the request, the session, nor the context says how much to
     sample.
     """
@@ -128,6 +129,7 @@ class Turns:
         metrics: Metrics,
         *,
         context_length: int | None,
+        eos_ids: frozenset[int] = frozenset(),
         default_max_tokens: int = 4096,
     ) -> None:
         self._engine = engine
@@ -138,7 +140,8 @@ class Turns:
         self._metrics = metrics
         self.context_length = context_length
         self._default_max_tokens = default_max_tokens
-        self._maybe_stop = renderer.tokenizer.added_ids
+        self._maybe_stop = renderer.tokenizer.added_ids | eos_ids
+        self._eos_ids = eos_ids
 
     async def run(
         self,
@@ -176,11 +179,18 @@ class Turns:
         except asyncio.CancelledError:
             await self._fail(session, ClientGone("the client left before the turn was committed"), num_tokens)
             raise
-        except RequestError:  # a context that only the engine knows to be too long: nothing was sampled
+        except RequestError as error:  # a context that only the engine knows to be too long
+            if num_tokens:
+                await self._fail(session, error, num_tokens)
             raise
         except TokentapeError as error:
             await self._fail(session, error, num_tokens)
             raise
+        except Exception as error:  # the boundary: a stream that has begun can only end with a typed error
+            bug = InternalError(f"{type(error).__name__}: {error}")
+            log.exception("session %s: turn failed", session.session_id)
+            await self._fail(session, bug, num_tokens)
+            raise bug from error
         finally:
             self._metrics.active_turns.dec()
         turn = await self._commit(session, request, plan, result, parsed)
@@ -268,11 +278,15 @@ class Turns:
         raise InternalError("the engine client ended without a result")
 
     def _stop_id(self, result: GenerateResult) -> int | None:
-        """The stop token at the completion's end; an engine may stop at one without naming it."""
+        """The stop token at the completion's end.
+
+        An engine may stop at one without naming it, or call it a length cut where both fall together.
+        """
+        if isinstance(result.matched, int):
+            return result.matched
         last = result.completion_ids[-1]
-        if result.matched is None and result.finish_reason == "stop" and last in self._maybe_stop:
-            return last
-        return result.matched if isinstance(result.matched, int) else None
+        unnamed = result.matched is None and result.finish_reason == "stop" and last in self._maybe_stop
+        return last if unnamed or last in self._eos_ids else None
 
     def _parser(self, request: TurnRequest, plan: _Plan) -> Parser:
         tags = self._format.reasoning
@@ -291,13 +305,7 @@ class Turns:
         self, session: Session, request: TurnRequest, plan: _Plan, result: GenerateResult, parsed: ParseResult
     ) -> Turn:
         """Commit the turn, to the end even if the client leaves: a durable turn is always in the tree."""
-        task = asyncio.ensure_future(self._settle(session, request, plan, result, parsed))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            with contextlib.suppress(TokentapeError):
-                await task
-            raise
+        return await to_the_end(self._settle(session, request, plan, result, parsed))
 
     async def _settle(
         self, session: Session, request: TurnRequest, plan: _Plan, result: GenerateResult, parsed: ParseResult

@@ -192,6 +192,8 @@ class LocalEngine:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():  # whoever asked has left
+                return
             try:
                 future.set_result(job())
             except Exception as error:  # the boundary: raised again where the future is awaited
@@ -241,7 +243,8 @@ class LocalEngine:
             futures = [future for future, _ in self._inbox]
             self._in_flight.clear()
         for future in futures:
-            future.set_exception(lost)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(lost)
         for generation in generations:
             generation.finish(failure(lost), self.weight_version)
             generation.on_progress()
