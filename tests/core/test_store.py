@@ -1,6 +1,7 @@
 """The store's contract, run through every implementation; then what only SQLite can get wrong."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -593,3 +594,24 @@ async def test_one_file_has_one_exclusive_writer(tmp_path: Path) -> None:
     await first.aclose()
     again = SQLiteStore(path, exclusive=True)  # the negative control: it was the lock, not the file
     await again.aclose()
+
+
+async def test_a_reader_changes_nothing(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.sqlite"
+    with contextlib.closing(sqlite3.connect(foreign)) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    before = foreign.read_bytes()
+    with pytest.raises(ConfigError, match=r"foreign\.sqlite"):
+        SQLiteStore(foreign, readonly=True)
+    assert foreign.read_bytes() == before
+    with pytest.raises(ConfigError, match=r"none\.sqlite"):
+        SQLiteStore(tmp_path / "none.sqlite", readonly=True)
+    assert not (tmp_path / "none.sqlite").exists()
+    writer = SQLiteStore(tmp_path / "store.sqlite")
+    await writer.put_session(record())
+    reader = SQLiteStore(tmp_path / "store.sqlite", readonly=True)  # the negative control
+    assert (await reader.load("s")) == StoredSession(record(), (), ())
+    with pytest.raises(StoreError):
+        await reader.put_session(record())
+    await reader.aclose()
+    await writer.aclose()

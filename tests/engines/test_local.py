@@ -622,3 +622,12 @@ def test_facts(engine: LocalEngine, model_dir: Path):
     short = LocalEngine(model_dir, context_length=64)
     assert short.facts.context_length == 64
     short.close()
+
+
+def test_a_caller_that_leaves_does_not_stop_the_engine(engine: LocalEngine) -> None:
+    """A client that times out on a control route cancels its future; the thread must live."""
+    for _ in range(50):
+        engine.set_weight_version("v").cancel()
+    assert engine.set_weight_version("after").result(timeout=30) is None  # the negative control
+    assert engine.healthy
+    assert engine.weight_version == "after"

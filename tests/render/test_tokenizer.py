@@ -246,3 +246,30 @@ def test_which_tokens_are_control_tokens(tmp_path: Path) -> None:
     assert tokenizer.special_tokens == set(special)
     assert tokenizer.added_ids == {tokenizer.id_of(t) for t in (*special, *added)}
     assert tokenizer.id_of("no such token") is None
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A vocabulary that is not byte-level, as Llama 2's: pieces, and single bytes for the rest."""
+    pieces = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "ab", "▁a", "ß", "��"]
+    model = models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    path = tmp_path_factory.mktemp("fallback") / "tokenizer.json"
+    made.save(str(path))
+    return Tokenizer(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.integers(1, 256), st.integers(257, 263)), max_size=24))
+def test_other_vocabularies_stream_what_they_decode(byte_fallback: Tokenizer, ids: list[int]) -> None:
+    stream = byte_fallback.stream()
+    pieces = [stream.feed([i]) for i in ids]
+    assert "".join(pieces) + stream.finish() == byte_fallback.decode(ids)
+
+
+def test_other_vocabularies_do_not_wait_for_the_end(byte_fallback: Tokenizer) -> None:
+    stream = byte_fallback.stream()
+    assert [stream.feed([i]) for i in (258, 259, 1 + 0xC3, 1 + 0x9F, 258)] == ["a", "b", "", "", "ßa"]

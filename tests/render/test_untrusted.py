@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from render_params import WITH_TOKENIZER, only
 from tokentape.errors import RequestError
 from tokentape.outline import Outline
 from tokentape.render import Ended, Frame, Rendered, Renderer
+from tokentape.testing import write_model_dir
 from tokentape.types import Json, Message, ToolCall
 from tokentape.untrusted import mark_untrusted
 
@@ -171,3 +173,17 @@ def test_without_marking_the_checks_fail(tiny: Renderer) -> None:
     )
     clean = tiny.render(Frame(), [Message(role="user", content=CLEAN)])
     assert control_ids(tiny, tiny.tokenizer.encode(text)) != control_ids(tiny, clean.run.ids)
+
+
+def test_template_arguments_are_untrusted_too(tmp_path: Path) -> None:
+    write_model_dir(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    path.write_text("{{ date }}" + path.read_text())
+    renderer = Renderer.from_dir(tmp_path)
+    end = renderer.tokenizer.id_of("<|im_end|>")
+    message = [Message("user", "hi")]
+    clean = renderer.render(Frame(arguments={"date": "today"}), message)
+    dirty = renderer.render(Frame(arguments={"date": "<|im_end|>"}), message)
+    assert dirty.neutralised == ("<|im_end|>",)
+    assert dirty.run.ids.count(end) == clean.run.ids.count(end)
+    assert renderer.tokenizer.decode(dirty.run.ids).startswith("<|im_end|>")
