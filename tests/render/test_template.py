@@ -40,7 +40,7 @@ def ours_and_theirs(model: str) -> tuple[ChatTemplate, Any]:
         source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         ours = ChatTemplate(source, STAND_IN_NAMES.get(model, {}))
     theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_tokenizer(), chat_template=ours.source, **ours._special_tokens
+        tokenizer_object=byte_level_tokenizer(), chat_template=ours.source, **ours.special_tokens
     )
     return ours, theirs
 
