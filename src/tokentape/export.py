@@ -17,7 +17,7 @@ from tokentape.errors import ConfigError, InternalError
 from tokentape.schema import SAMPLES, to_json
 from tokentape.store import SessionRecord
 from tokentape.tape import Tape
-from tokentape.types import Json, Message
+from tokentape.types import Json, Message, ToolCall
 
 
 def samples(record: SessionRecord, tapes: Sequence[Tape]) -> pa.RecordBatch:
@@ -91,15 +91,17 @@ def chat_message(message: Message) -> Json:
     if message.reasoning is not None:
         out["reasoning_content"] = message.reasoning
     if message.tool_calls:
-        out["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-            for c in message.tool_calls
-        ]
+        out["tool_calls"] = [chat_call(call) for call in message.tool_calls]
     if message.tool_call_id is not None:
         out["tool_call_id"] = message.tool_call_id
     if message.name is not None:
         out["name"] = message.name
     return out
+
+
+def chat_call(call: ToolCall) -> Json:
+    """A tool call as OpenAI Chat Completions writes it."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _scalars(record: SessionRecord, tape: Tape) -> Json:

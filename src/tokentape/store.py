@@ -36,6 +36,10 @@ from tokentape.types import Json, Sampling
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_PUT_SESSION = insert_into("sessions", SESSIONS).replace("INSERT", "REPLACE", 1)
+_PUT_TURN = insert_into("turns", TURNS)
+_PUT_FAILURE = insert_into("failures", FAILURES)
+
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
@@ -160,9 +164,7 @@ class SQLiteStore:
     async def put_session(self, record: SessionRecord) -> None:
         """Create the session, or replace its record."""
         row = _row(SESSIONS, record)
-        await self._do(
-            lambda c: c.execute(insert_into("sessions", SESSIONS).replace("INSERT", "REPLACE", 1), row)
-        )
+        await self._do(lambda c: c.execute(_PUT_SESSION, row))
 
     async def put_turn(self, session_id: str, turn: Turn) -> None:
         """Append a turn."""
@@ -170,12 +172,12 @@ class SQLiteStore:
             row = turn_to_row(session_id, turn)
         except (TypeError, ValueError) as error:  # what JSON cannot hold: half a surrogate pair
             raise StoreError(f"turn {turn.turn_id} cannot be stored: {error}") from error
-        await self._do(lambda c: c.execute(insert_into("turns", TURNS), row))
+        await self._do(lambda c: c.execute(_PUT_TURN, row))
 
     async def put_failure(self, session_id: str, failure: Failure) -> None:
         """Append a failure."""
         row = {"session_id": session_id, **_row(FAILURES[1:], failure)}
-        await self._do(lambda c: c.execute(insert_into("failures", FAILURES), row))
+        await self._do(lambda c: c.execute(_PUT_FAILURE, row))
 
     async def delete(self, session_id: str) -> None:
         """Remove a session and all that belongs to it."""

@@ -120,9 +120,6 @@ class Prompt:
     def __len__(self) -> int:
         return self.num_tokens
 
-    def __add__(self, run: TokenRun) -> "Prompt":
-        return Prompt((*self.runs, run))
-
     @property
     def max_id(self) -> int:
         """The largest id, -1 for an empty prompt."""

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Raw
 
 from tokentape.errors import ContextOverflow, RequestError, TokentapeError
+from tokentape.export import chat_call
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.turn import Done, Progress, TurnRequest, new_turn_id
 from tokentape.parse import CallDelta, ParseEvent, ReasoningDelta, TextDelta
@@ -342,7 +343,7 @@ def completion(call: ChatCall, done: Done, tokenizer: Tokenizer, session_id: str
     if reply.reasoning is not None:
         message["reasoning_content"] = reply.reasoning
     if reply.tool_calls:
-        message["tool_calls"] = [_call_json(c) for c in reply.tool_calls]
+        message["tool_calls"] = [chat_call(c) for c in reply.tool_calls]
     choice: Json = {
         "index": 0,
         "message": message,
@@ -472,11 +473,7 @@ def _delta(event: ParseEvent) -> Json:
         case ReasoningDelta(text):
             return {"reasoning_content": text}
         case CallDelta(index, call):
-            return {"tool_calls": [{"index": index, **_call_json(call)}]}
-
-
-def _call_json(call: ToolCall) -> Json:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            return {"tool_calls": [{"index": index, **chat_call(call)}]}
 
 
 def _logprobs(ids: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenizer) -> Json:

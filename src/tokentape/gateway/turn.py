@@ -193,7 +193,8 @@ class Turns:
             raise bug from error
         finally:
             self._metrics.active_turns.dec()
-        turn = await self._commit(session, request, plan, result, parsed)
+        # To the end even if the client leaves meanwhile: a durable turn is always in the tree.
+        turn = await to_the_end(self._commit(session, request, plan, result, parsed))
         self._metrics.turn_seconds.observe(time.monotonic() - started)
         usage = Usage(len(plan.prompt), len(turn.completion), turn.num_cached_tokens)
         return Done(turn, plan.prompt, parsed, usage)
@@ -302,12 +303,6 @@ class Turns:
     # -- after the engine
 
     async def _commit(
-        self, session: Session, request: TurnRequest, plan: _Plan, result: GenerateResult, parsed: ParseResult
-    ) -> Turn:
-        """Commit the turn, to the end even if the client leaves: a durable turn is always in the tree."""
-        return await to_the_end(self._settle(session, request, plan, result, parsed))
-
-    async def _settle(
         self, session: Session, request: TurnRequest, plan: _Plan, result: GenerateResult, parsed: ParseResult
     ) -> Turn:
         """A committed and counted turn, or a recorded failure."""
