@@ -86,7 +86,6 @@ def test_a_prompt_extends_what_was_sent_and_sampled(path: list[Turn], bridge: li
 def test_the_prompt_of_nothing() -> None:
     assert (len(Prompt()), Prompt().to_json(), Prompt().max_id) == (0, b"[]", -1)
     assert Prompt.of([]).to_json() == b"[]"
-    assert (Prompt.of([]) + TokenRun([4])).to_json() == b"[4]"
 
 
 def test_a_negative_id_is_no_token() -> None:
