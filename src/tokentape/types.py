@@ -38,7 +38,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the policy is sampled with. None means: not given, the engine's own default holds.
 
     `max_tokens` counts sampled tokens. `stop` are strings, `stop_token_ids` ids. `seed` makes one turn
-    repeatable where the engine supports it.
+    repeatable where the engine supports it. `logit_bias` are pairs of a token id and what is added to its
+    logit. `json_schema` and `structural_tag` are JSON texts, at most one of them: the engine samples only
+    what they allow.
     """
 
     temperature: float | None = None
@@ -52,6 +54,26 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    json_schema: str | None = None
+    structural_tag: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JsonOutput:
+    """Asked of a reply: its content is JSON of this `schema`."""
+
+    schema: Json
+
+
+@dataclass(frozen=True, slots=True)
+class CallOutput:
+    """Asked of a reply: at least one tool call, each to one of the tools `names`."""
+
+    names: tuple[str, ...]
+
+
+Demand: TypeAlias = JsonOutput | CallOutput
 
 
 @dataclass(frozen=True, slots=True)
