@@ -12,10 +12,11 @@ from typing import Any, Literal
 import msgspec
 import pyarrow as pa
 
-from tokentape.tape import Turn
+from tokentape.tape import Origin, Turn
 from tokentape.types import Json, Message, Sampling, TokenRun, VersionSpan
+from tokentape.volatile import Superseded
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Kind = Literal["text", "int", "real", "bool", "ids", "floats", "json"]
 _SQL: Mapping[Kind, str] = {
@@ -47,6 +48,7 @@ SESSIONS = (
     Column("sampling", "json"),
     Column("max_turns", "int", nullable=True),
     Column("max_tokens", "int", nullable=True),
+    Column("deadline", "real", nullable=True),
     Column("reward", "real", nullable=True),
 )
 TURNS = (
@@ -69,7 +71,8 @@ TURNS = (
     Column("arguments", "json", nullable=True),
     Column("sampling", "json"),
     Column("neutralised", "json"),
-    Column("ignored", "json"),
+    Column("superseded", "json"),
+    Column("origin", "json"),
     Column("num_cached_tokens", "int", nullable=True),
     Column("created_at", "real"),
 )
@@ -183,7 +186,8 @@ def _turn(row: Mapping[str, Any], parent: Turn | None) -> Turn:
         arguments=parent.arguments if parent is not None else from_json(row["arguments"], Json),
         sampling=from_json(row["sampling"], Sampling),
         neutralised=tuple(from_json(row["neutralised"], list[str])),
-        ignored=tuple(from_json(row["ignored"], list[str])),
+        superseded=tuple(from_json(row["superseded"], list[Superseded])),
+        origin=from_json(row["origin"], Origin),
         num_cached_tokens=row["num_cached_tokens"],
         created_at=row["created_at"],
     )

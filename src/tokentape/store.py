@@ -43,7 +43,10 @@ _PUT_FAILURE = insert_into("failures", FAILURES)
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """A session without its turns. `state` is "open", "finished" or "sealed"; None: no limit."""
+    """A session without its turns.
+
+    `state` is "open", "finished" or "sealed". `deadline` is in seconds since the epoch. None: no limit.
+    """
 
     session_id: str
     state: str
@@ -52,6 +55,7 @@ class SessionRecord:
     sampling: Sampling = field(default_factory=Sampling)
     max_turns: int | None = None
     max_tokens: int | None = None
+    deadline: float | None = None
     reward: float | None = None
 
 
@@ -81,8 +85,8 @@ class Store(Protocol):
         """Create the session, or replace its record."""
         ...
 
-    async def put_turn(self, session_id: str, turn: Turn) -> None:
-        """Append a turn."""
+    async def put_turns(self, session_id: str, turns: Sequence[Turn]) -> None:
+        """Append turns: all of them, or none."""
         ...
 
     async def put_failure(self, session_id: str, failure: Failure) -> None:
@@ -166,13 +170,13 @@ class SQLiteStore:
         row = _row(SESSIONS, record)
         await self._do(lambda c: c.execute(_PUT_SESSION, row))
 
-    async def put_turn(self, session_id: str, turn: Turn) -> None:
-        """Append a turn."""
+    async def put_turns(self, session_id: str, turns: Sequence[Turn]) -> None:
+        """Append turns: all of them, or none."""
         try:
-            row = turn_to_row(session_id, turn)
+            rows = [turn_to_row(session_id, turn) for turn in turns]
         except (TypeError, ValueError) as error:  # what JSON cannot hold: half a surrogate pair
-            raise StoreError(f"turn {turn.turn_id} cannot be stored: {error}") from error
-        await self._do(lambda c: c.execute(_PUT_TURN, row))
+            raise StoreError(f"turn {turns[0].turn_id} cannot be stored: {error}") from error
+        await self._do(lambda c: c.executemany(_PUT_TURN, rows))
 
     async def put_failure(self, session_id: str, failure: Failure) -> None:
         """Append a failure."""
@@ -237,10 +241,10 @@ class SQLiteStore:
             connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA busy_timeout=10000")  # an export may read the file at the same time
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
+        if version not in (0, SCHEMA_VERSION):
             raise ConfigError(
                 f"schema version {version}, but this tokentape knows {SCHEMA_VERSION}: "
-                "use the newer tokentape that wrote it"
+                "use the tokentape that wrote it"
             )
         for name, columns in (("sessions", SESSIONS), ("turns", TURNS), ("failures", FAILURES)):
             if not self._readonly:

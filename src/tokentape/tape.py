@@ -9,8 +9,27 @@ from array import array
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from tokentape.errors import InternalError
 from tokentape.types import Json, Message, Prompt, Sampling, TokenRun, VersionSpan
+from tokentape.volatile import Superseded
+
+
+class Origin(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The request that a turn answers.
+
+    `wire` is its protocol. `digest` identifies its bytes; turns of one `request_id` are choices of one
+    request. `label` is the caller's, None where it gave none. `ignored` are the names of its fields that had
+    no effect, `noted` what the wire keeps of it for later.
+    """
+
+    wire: str
+    digest: str
+    request_id: str
+    label: str | None = None
+    ignored: tuple[str, ...] = ()
+    noted: Json = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +42,10 @@ class Turn:
     the prompt run renders, `reply` is the completion as parsed; `in_reasoning`: it ended inside an unclosed
     thought. `stop_id` is the stop token at the completion's end, None where it has none. `tools` and
     `arguments` are the frame that the branch was rendered in. `attempts` are the tool-call attempts as data.
-    `neutralised` are control tokens of untrusted content that were encoded as plain text, `ignored` the
-    request's fields that had no effect. `num_cached_tokens` of the prompt came from the engine's cache, None
-    where it did not say. `created_at` is in seconds since the epoch.
+    `neutralised` are control tokens of untrusted content that were encoded as plain text. `superseded` are
+    volatile texts of the request that the recorded ones stand for (see `volatile`). `num_cached_tokens` of
+    the prompt came from the engine's cache, None where it did not say. `created_at` is in seconds since the
+    epoch.
     """
 
     turn_id: str
@@ -46,7 +66,8 @@ class Turn:
     arguments: Json
     sampling: Sampling
     neutralised: tuple[str, ...]
-    ignored: tuple[str, ...]
+    superseded: tuple[Superseded, ...]
+    origin: Origin
     num_cached_tokens: int | None
     created_at: float
 

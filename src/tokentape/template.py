@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -27,7 +28,7 @@ class ChatTemplate:
     `arguments_as_text`: tool-call arguments must be JSON text (DeepSeek R1 and V3.1 raise on objects);
     otherwise they are objects (most raise on text, or encode it twice). `empty_content`: what an assistant
     message that is nothing but calls must have as content (some templates drop the calls unless it is None,
-    some print "None").
+    some print "None"). `variables` are the names that it reads.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens)
         self.literal_text = _literal_text(tree)
         self.content_tests = _content_tests(tree)
+        self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
         self.arguments_as_text = False
         self.empty_content: str | None = None
         self._probe_conventions()

@@ -2,8 +2,8 @@
 
 Requests are matched on meaning. Messages are the edges of a trie, keyed by digests that leave out what agents
 change without meaning it: the order of JSON keys, None for "", the numbering of tool calls, spaces around
-what the assistant said, reasoning that is not replayed. Tools and template arguments are part of the prompt,
-so each pair of them has a trie of its own.
+what the assistant said, reasoning that is not replayed, volatile text. Tools and template arguments are part
+of the prompt, so each pair of them has a trie of its own.
 """
 
 import json
@@ -19,6 +19,7 @@ from tokentape.errors import InternalError
 from tokentape.outline import Outline
 from tokentape.tape import Tape, Turn, lay_out
 from tokentape.types import Json, Message
+from tokentape.volatile import NOTHING, Volatile
 
 Digest: TypeAlias = bytes
 _Edge: TypeAlias = tuple[Digest, int]
@@ -35,6 +36,7 @@ class BranchReason(StrEnum):
     TOOLS_CHANGED = "tools_changed"
     ARGUMENTS_CHANGED = "template_arguments_changed"
     RESAMPLED = "resampled"  # the same request again
+    CHOICE = "choice"  # another choice of the same request (n > 1)
     FORKED = "forked"  # the turn it continues has been continued otherwise
 
 
@@ -55,11 +57,15 @@ class MessageKey:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A message with the digests that do not depend on its neighbours; made once per distinct message."""
+    """A message with the digests that do not depend on its neighbours; made once per distinct message.
+
+    `volatile`: it has text that does not count.
+    """
 
     message: Message
     base: Digest
     reasoning: Digest | None
+    volatile: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -99,15 +105,18 @@ class Attachment:
     before: Outline
 
 
-def know(message: Message) -> Known:
+def know(message: Message, volatile: Volatile = NOTHING) -> Known:
     """The digests of one message."""
     content = message.content or ""
     if message.role == "assistant":
         content = content.strip()
+    elif message.role != "tool":
+        content = volatile.without(content)
     calls = [(call.name, _canonical(call.arguments)) for call in message.tool_calls]
     reasoning = (message.reasoning or "").strip() if message.role == "assistant" else ""
     base = _digest((message.role, content, calls, message.name))
-    return Known(message, base, _digest(reasoning) if reasoning else None)
+    changed = message.role in ("system", "user") and content != (message.content or "")
+    return Known(message, base, _digest(reasoning) if reasoning else None, changed)
 
 
 def keys_of(known: Sequence[Known], *, after: Message | None = None) -> list[MessageKey]:
@@ -137,8 +146,9 @@ class Tree:
     `content_tests` are what the chat template looks for in messages (see `Outline`).
     """
 
-    def __init__(self, content_tests: tuple[str, ...]) -> None:
+    def __init__(self, content_tests: tuple[str, ...], volatile: Volatile = NOTHING) -> None:
         self._content_tests = content_tests
+        self._volatile = volatile
         self._roots: dict[tuple[Digest, Digest], _Place] = {}
         self._nodes: dict[str, _Node] = {}
 
@@ -206,13 +216,23 @@ class Tree:
             place, after = parent.place, parent.turn.reply
             before = parent.before.followed_by([after], self._content_tests)
         before = before.followed_by(turn.messages, self._content_tests)
-        keys = keys_of([know(message) for message in (*turn.messages, turn.reply)], after=after)
+        said = [self.know(message) for message in (*turn.messages, turn.reply)]
+        keys = keys_of(said, after=after)
         for key in keys:  # nothing raises from here on
             place = _step(place, key)
         place.turns.append(turn)
         if turn.parent_id is not None:
             self._nodes[turn.parent_id].num_children += 1
         self._nodes[turn.turn_id] = _Node(turn, len(self._nodes), place, before)
+
+    def know(self, message: Message) -> Known:
+        """The digests of one message, as this tree matches it."""
+        return know(message, self._volatile)
+
+    def turn(self, turn_id: str) -> Turn | None:
+        """The turn of this id, None where there is none."""
+        node = self._nodes.get(turn_id)
+        return node.turn if node is not None else None
 
     def path(self, turn_id: str) -> tuple[Turn, ...]:
         """The turns from the root to this one."""

@@ -61,9 +61,10 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class JsonOutput:
-    """Asked of a reply: its content is JSON of this `schema`."""
+    """Asked of a reply: its content is JSON of this `schema`, or it calls one of the tools `or_calls`."""
 
     schema: Json
+    or_calls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import msgspec
 
 from tokentape.export import samples, to_json_rows
 from tokentape.store import SessionRecord
-from tokentape.tape import Turn
+from tokentape.tape import Origin, Turn
 from tokentape.tree import Tree, frame_key, keys_of, know
 from tokentape.types import Json, Message, Sampling, TokenRun, ToolCall, VersionSpan
 
@@ -62,7 +62,8 @@ def turn(turn_id: str = "t", **changes: Any) -> Turn:
         "arguments": {},
         "sampling": Sampling(),
         "neutralised": (),
-        "ignored": (),
+        "superseded": (),
+        "origin": Origin("chat", turn_id, turn_id),
         "num_cached_tokens": 0,
         "created_at": 2.25,
     }

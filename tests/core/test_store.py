@@ -96,7 +96,7 @@ async def test_turns_and_failures_come_back_in_order(store: Store, open_store: O
     failures = [Failure("engine_failed", "a\0b 😀", 0, 3.5), Failure("client_gone", "", 7, 0.0)]
     await store.put_session(record())
     for one in turns:
-        await store.put_turn("s", one)
+        await store.put_turns("s", [one])
     for failure in failures:
         await store.put_failure("s", failure)
     expected = repr(StoredSession(record(), tuple(turns), tuple(failures)))
@@ -111,7 +111,7 @@ async def test_an_unknown_session_is_none(store: Store) -> None:
 
 async def test_a_record_is_replaced_and_its_turns_stay(store: Store) -> None:
     await store.put_session(record())
-    await store.put_turn("s", turn())
+    await store.put_turns("s", [turn()])
     await store.put_failure("s", Failure("k", "m", 0, 0.0))
     await store.put_session(FULL)
     stored = await store.load("s")
@@ -124,7 +124,7 @@ async def test_two_sessions_side_by_side(store: Store) -> None:
     for session_id in "ab":
         await store.put_session(record(session_id))
     for index in range(6):
-        await store.put_turn("ab"[index % 2], turn(f"t{index}"))
+        await store.put_turns("ab"[index % 2], [turn(f"t{index}")])
         await store.put_failure("ba"[index % 2], Failure("k", str(index), 0, 0.0))
     a, b = await store.load("a"), await store.load("b")
     assert a is not None
@@ -140,7 +140,7 @@ async def test_two_sessions_side_by_side(store: Store) -> None:
 async def test_a_deleted_session_leaves_nothing_to_one_of_its_name(store: Store) -> None:
     for _ in range(2):
         await store.put_session(record())
-        await store.put_turn("s", turn())  # the turn's id is free again as well
+        await store.put_turns("s", [turn()])  # the turn's id is free again as well
         await store.put_failure("s", Failure("k", "m", 0, 0.0))
         stored = await store.load("s")
         assert stored is not None
@@ -172,10 +172,10 @@ async def test_sessions_are_listed_page_by_page(store: Store) -> None:
 
 async def test_a_turn_of_a_known_id_is_refused_and_changes_nothing(store: Store) -> None:
     await store.put_session(record())
-    await store.put_turn("s", turn("t", created_at=1.0))
+    await store.put_turns("s", [turn("t", created_at=1.0)])
     for session_id in ("s", "other"):
         with pytest.raises(StoreError):
-            await store.put_turn(session_id, turn("t", created_at=2.0))
+            await store.put_turns(session_id, [turn("t", created_at=2.0)])
     stored = await store.load("s")
     assert stored is not None
     assert [t.created_at for t in stored.turns] == [1.0]
@@ -184,9 +184,9 @@ async def test_a_turn_of_a_known_id_is_refused_and_changes_nothing(store: Store)
 async def test_a_turn_that_cannot_be_encoded_is_refused(store: Store) -> None:
     await store.put_session(record())
     with pytest.raises(StoreError):
-        await store.put_turn("s", turn(reply=said("\ud800")))
+        await store.put_turns("s", [turn(reply=said("\ud800"))])
     with pytest.raises(StoreError):
-        await store.put_turn("s", turn(arguments={"a": object()}))
+        await store.put_turns("s", [turn(arguments={"a": object()})])
     stored = await store.load("s")
     assert stored is not None
     assert stored.turns == ()
@@ -194,12 +194,12 @@ async def test_a_turn_that_cannot_be_encoded_is_refused(store: Store) -> None:
 
 async def test_a_hundred_puts_at_once_all_land_but_the_bad_ones(store: Store, open_store: Open) -> None:
     await store.put_session(record())
-    await store.put_turn("s", turn("known"))
+    await store.put_turns("s", [turn("known")])
     puts: list[Awaitable[None]] = []
     for index in range(100):
-        puts.append(store.put_turn("s", turn(f"t{index:03}")))
+        puts.append(store.put_turns("s", [turn(f"t{index:03}")]))
         if index % 30 == 7:
-            puts.append(store.put_turn("s", turn("known")))
+            puts.append(store.put_turns("s", [turn("known")]))
     results = await asyncio.gather(*puts, return_exceptions=True)
     errors = [r for r in results if r is not None]
     assert len(errors) == 4
@@ -213,7 +213,7 @@ async def test_who_no_longer_waits_disturbs_nobody(store: Store) -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     await store.put_session(record())
-    tasks = [asyncio.ensure_future(store.put_turn("s", turn(f"t{i}"))) for i in range(20)]
+    tasks = [asyncio.ensure_future(store.put_turns("s", [turn(f"t{i}")])) for i in range(20)]
     await asyncio.sleep(0)
     for task in tasks[::2]:
         task.cancel()
@@ -234,7 +234,7 @@ async def test_a_closed_store_says_so(store: Store) -> None:
     await store.aclose()  # closing again is no mistake
     for use in (
         store.put_session(record()),
-        store.put_turn("s", turn()),
+        store.put_turns("s", [turn()]),
         store.put_failure("s", Failure("k", "m", 0, 0.0)),
         store.delete("s"),
         store.load("s"),
@@ -246,7 +246,7 @@ async def test_a_closed_store_says_so(store: Store) -> None:
 
 async def test_closing_waits_for_what_was_asked(store: Store, open_store: Open) -> None:
     await store.put_session(record())
-    tasks = [asyncio.ensure_future(store.put_turn("s", turn(f"t{i}"))) for i in range(50)]
+    tasks = [asyncio.ensure_future(store.put_turns("s", [turn(f"t{i}")])) for i in range(50)]
     await asyncio.sleep(0)
     stored = await reopened(store, open_store)
     assert stored is not None
@@ -257,7 +257,7 @@ async def test_closing_waits_for_what_was_asked(store: Store, open_store: Open) 
 def test_one_store_serves_several_loops(open_store: Open) -> None:
     store = open_store()
     asyncio.run(store.put_session(record()))
-    asyncio.run(store.put_turn("s", turn()))
+    asyncio.run(store.put_turns("s", [turn()]))
     assert asyncio.run(store.load("s")) is not None
     asyncio.run(store.aclose())
 
@@ -274,7 +274,7 @@ async def test_a_session_goes_on_after_a_restart_as_if_nothing_had_been(
     recorder.run([user("u"), first, result("2")], said("c"))
     await store.put_session(record())
     for one in recorder.tree.turns():
-        await store.put_turn("s", one)
+        await store.put_turns("s", [one])
     stored = await reopened(store, open_store)
     assert stored is not None
     other = Recorder(restore(stored).tree)
@@ -298,7 +298,7 @@ async def test_a_session_goes_on_after_a_restart_as_if_nothing_had_been(
 async def test_sessions_are_read_when_they_are_asked_for(store: Store) -> None:
     sessions = Sessions(store, (), Metrics())
     session = await sessions.create("s", metadata={"a": 1}, max_turns=2)
-    await store.put_turn("s", turn("t"))
+    await store.put_turns("s", [turn("t")])
     await sessions.fail(session, EngineFailed("no"), 3)
     others = Sessions(store, (), Metrics())
     again = await others.get("s")
@@ -335,7 +335,7 @@ async def test_a_put_returns_after_its_commit(tmp_path: Path) -> None:
     store = SQLiteStore(tmp_path / "s.sqlite")
     await store.put_session(record())
     for index in range(5):
-        await store.put_turn("s", turn(f"t{index}"))
+        await store.put_turns("s", [turn(f"t{index}")])
         assert table_rows(tmp_path / "s.sqlite") == [f"t{i}" for i in range(index + 1)]
     await store.aclose()
 
@@ -347,7 +347,7 @@ async def test_what_waits_shares_a_transaction(tmp_path: Path) -> None:
     release = threading.Event()
     blocked = asyncio.ensure_future(store._do(lambda _: release.wait(10)))
     await asyncio.sleep(0.05)
-    puts = [asyncio.ensure_future(store.put_turn("s", turn(f"t{i}"))) for i in range(64)]
+    puts = [asyncio.ensure_future(store.put_turns("s", [turn(f"t{i}")])) for i in range(64)]
     await asyncio.sleep(0)
     release.set()
     await asyncio.gather(blocked, *puts)
@@ -407,22 +407,22 @@ async def test_a_full_disk_refuses_the_turn_and_keeps_the_others(tmp_path: Path)
     """SQLite's own limit of pages answers as a full disk does, with SQLITE_FULL."""
     store = SQLiteStore(tmp_path / "s.sqlite")
     await store.put_session(record())
-    await store.put_turn("s", turn("before"))
+    await store.put_turns("s", [turn("before")])
     pages = await store._do(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
     await store._do(lambda c: c.execute(f"PRAGMA max_page_count={pages + 8}").fetchone())
     big = list(range(40_000))  # 160 kB: no room at all
     for _ in range(2):
         with pytest.raises(StoreError, match="full"):
-            await store.put_turn("s", turn("big", prompt=big))
+            await store.put_turns("s", [turn("big", prompt=big)])
     results = await asyncio.gather(
-        store.put_turn("s", turn("small-1")),
-        store.put_turn("s", turn("big", prompt=big)),
-        store.put_turn("s", turn("small-2")),
+        store.put_turns("s", [turn("small-1")]),
+        store.put_turns("s", [turn("big", prompt=big)]),
+        store.put_turns("s", [turn("small-2")]),
         return_exceptions=True,
     )
     assert [type(r) for r in results] == [type(None), StoreError, type(None)]
     await store._do(lambda c: c.execute("PRAGMA max_page_count=1000000").fetchone())
-    await store.put_turn("s", turn("big", prompt=big))  # the same turn, once there is room
+    await store.put_turns("s", [turn("big", prompt=big)])  # the same turn, once there is room
     await store.aclose()
     assert table_rows(tmp_path / "s.sqlite") == ["before", "small-1", "small-2", "big"]
 
@@ -432,10 +432,10 @@ async def test_a_file_that_turned_read_only_refuses_the_turn(tmp_path: Path) -> 
     await store.put_session(record())
     await store._do(lambda c: c.execute("PRAGMA query_only=1"))
     with pytest.raises(StoreError, match="readonly"):
-        await store.put_turn("s", turn())
+        await store.put_turns("s", [turn()])
     assert await store.load("s") == StoredSession(record(), (), ())
     await store._do(lambda c: c.execute("PRAGMA query_only=0"), writes=False)
-    await store.put_turn("s", turn())
+    await store.put_turns("s", [turn()])
     await store.aclose()
 
 
@@ -454,7 +454,7 @@ async def test_a_commit_that_fails_is_no_success(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="FOREIGN KEY"):
         await store._do(orphan)
     await good
-    await store.put_turn("s", turn())
+    await store.put_turns("s", [turn()])
     assert connection.in_transaction is False
     await store.aclose()
     assert table_rows(tmp_path / "s.sqlite") == ["t"]
@@ -487,7 +487,7 @@ async def test_another_process_that_holds_the_file_is_waited_for(tmp_path: Path)
     await store.put_session(record())
     other = sqlite3.connect(tmp_path / "s.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    put = asyncio.ensure_future(store.put_turn("s", turn()))
+    put = asyncio.ensure_future(store.put_turns("s", [turn()]))
     await asyncio.sleep(0.2)
     assert not put.done()
     other.execute("ROLLBACK")
@@ -505,7 +505,7 @@ async def write(store, session_id):
     await store.put_session(record(session_id))
     for index in range(10**6):
         name = f"{session_id}-{index}"
-        await store.put_turn(session_id, turn(name, prompt=[index] * 2000, completion=[index] * 50))
+        await store.put_turns(session_id, [turn(name, prompt=[index] * 2000, completion=[index] * 50)])
         print(name, flush=True)
 
 async def main():
@@ -554,7 +554,7 @@ async def check_after_kill(path: Path, names: list[str]) -> None:
     for number, one in enumerate(stored):  # no gap either
         found = [t.turn_id for t in one.turns] if one else []
         assert found == [f"s{number}-{i}" for i in range(len(found))]
-    await store.put_turn("s0", turn("and on"))
+    await store.put_turns("s0", [turn("and on")])
     await store.aclose()
 
 
@@ -569,7 +569,7 @@ async def test_the_control_a_store_that_answers_too_early_is_caught(tmp_path: Pa
 
     store = Early(tmp_path / "s.sqlite")
     store._connection.execute("BEGIN IMMEDIATE")
-    await store.put_turn("s", turn())
+    await store.put_turns("s", [turn()])
     assert table_rows(tmp_path / "s.sqlite") == []  # acknowledged, and not there
     store._connection.execute("ROLLBACK")
     await store.aclose()

@@ -167,7 +167,7 @@ class Agents(RuleBasedStateMachine):
         )
         path = self.recorder.tree.path(parent.turn_id) if parent else ()
         self.prompts[made.turn_id] = prompt_after(path, made.prompt)
-        self.do(self.store.put_turn("s", made))
+        self.do(self.store.put_turns("s", [made]))
         self.recorder.tree.commit(made)
         before = expected.said if expected else ()
         self.conversations.append(Conversation(made, frame, (*before, *said[num_matched:], *meant([reply]))))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gatewaykit import END, USER, WEATHER, Gateway, Json, call, cut, gateway_for, sampled, split
-from tokentape.gateway.chat import HONOURED, REFUSED
+from tokentape.gateway.chat.request import HONOURED, REFUSED
 from tokentape.testing import FakeSGLang, Reply, pseudo_logprob
 
 both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

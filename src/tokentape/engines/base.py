@@ -15,21 +15,28 @@ class GenerateRequest:
 
     `rid` names it for an abort and must be unique while it runs. `sampling.max_tokens` must be set: engines
     have surprising defaults (SGLang's is 128). With `stream` the tokens are yielded as they are sampled, else
-    at once.
+    at once. With `num_top_logprobs` every sampled token comes with that many of the engine's likeliest.
     """
 
     rid: str
     prompt: Prompt
     sampling: Sampling
     stream: bool = False
+    num_top_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """Newly sampled tokens: `ids` int[n] and `logprobs` float[n] (nats), parallel. n ≥ 1."""
+    """Newly sampled tokens: `ids` int[n] and `logprobs` float[n] (nats), parallel. n ≥ 1.
+
+    `top` [n][1 to k] pairs (id, log-probability in nats), best first: the k = `num_top_logprobs` likeliest at
+    each token's place, less those that were impossible there (a constraint allows no others). The sampled
+    token is among them only if it is one of the likeliest. None when not asked for.
+    """
 
     ids: list[int]
     logprobs: list[float]
+    top: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +68,9 @@ class EngineInfo:
 class Engine(Protocol):
     """Maps prompt ids to sampled ids.
 
-    Every failure is one `errors.EngineError` or `errors.ContextOverflow`; a request that must not be sent at
-    all is an `errors.RequestError` (the caller's sampling) or `errors.InternalError` (the prompt is ours).
+    Every failure is one `errors.EngineError` or `errors.ContextOverflow`. A request that must not be sent at
+    all is an `errors.RequestError` (the caller's sampling) or `errors.InternalError` (the prompt is ours). A
+    constraint that the engine cannot keep is a `RequestError` as well, its `param` "response_format".
     """
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult, None]:

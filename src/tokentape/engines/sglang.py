@@ -94,7 +94,8 @@ class SGLangEngine:
             ContextOverflow: prompt, or prompt plus `max_tokens`, exceeds the context.
             EngineError: every other failure, with the number of tokens received before it.
             InternalError: the prompt is empty or has an id outside the vocabulary; nothing was sent.
-            RequestError: a sampling parameter that SGLang must not be sent; nothing was sent.
+            RequestError: a sampling parameter that SGLang must not be sent (nothing was sent), or a
+                constraint that it refused.
         """
         rid = protocol.wire_rid(request.rid)
         body = protocol.encode_request(request, rid, self.vocab_size, self.config.stream_interval)
@@ -108,7 +109,7 @@ class SGLangEngine:
             if response.status != 200:
                 completion.settled = True
                 said = protocol.error_message(await patience.wait(response.read(), 0))
-                raise protocol.refusal(response.status, said)
+                raise completion.refusal(response.status, said)
             if request.stream:
                 _check_is_stream(response)
                 decoder = SSEDecoder()

@@ -5,12 +5,14 @@ Facts were observed on SGLang 0.5.23 unless marked (source), which were read in 
 
 import math
 import re
+from itertools import pairwise
 from typing import Any, NoReturn, cast
 
 import msgspec
 
 from tokentape import errors
 from tokentape.engines.base import FinishReason, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.engines.growing import GrowingList
 from tokentape.types import VersionSpan
 
 # A log-probability is at most 0. Rounding of `logit - logsumexp` in float32 stays below 1e-4 for logits up to
@@ -18,6 +20,12 @@ from tokentape.types import VersionSpan
 _MAX_LOGPROB = 1e-4
 # Engines write -9999, or the float minimum, for "no value"; a sampled token cannot be that improbable.
 _MIN_LOGPROB = -9999.0
+# A larger bias says nothing more; near float32's limit (1e39) SGLang's log-probabilities are null.
+_MAX_BIAS = 1e4
+_CONSTRAINT_REFUSED = re.compile(
+    r"Failed to compile \w+ grammar|Grammar-based generation|Grammar preprocessing timed out"
+    r"|Grammar accept_token failed|(?:json_schema|structural_tag) is not supported"
+)
 _CONTEXT_LENGTH = re.compile(r"(?:context length \(|maximum context length of )(\d+) tokens")
 _PROMPT_LENGTH = re.compile(r"input \((\d+) tokens\)|(\d+) tokens from the input")
 
@@ -38,11 +46,20 @@ def encode_request(request: GenerateRequest, rid: str, vocab_size: int, stream_i
     read, so nothing is said about how to decode it. `max_new_tokens` is always sent: SGLang's default is 128.
 
     Raises:
-        InternalError: the prompt is empty, has an id outside the vocabulary, or `max_tokens` is not set.
-        RequestError: a sampling parameter is not a finite number, or a stop id is outside the vocabulary.
+        InternalError: the prompt is empty, has an id outside the vocabulary, or `max_tokens` is not set; two
+            constraints at once.
+        RequestError: a sampling parameter is not a finite number, a stop id or a biased id is outside the
+            vocabulary, or more likeliest tokens are asked for than there are.
     """
     _check_prompt(request, vocab_size)
     sampling = request.sampling
+    if sampling.json_schema is not None and sampling.structural_tag is not None:
+        raise errors.InternalError("json_schema and structural_tag exclude each other")
+    if "" in (sampling.json_schema, sampling.structural_tag):  # to SGLang: no constraint at all (source)
+        raise errors.InternalError("a constraint must not be empty")
+    if not 0 <= request.num_top_logprobs <= vocab_size:  # observed: a number beyond it kills the server
+        what = f"{request.num_top_logprobs} likeliest tokens of a vocabulary of {vocab_size} ids"
+        raise errors.RequestError(what, param="top_logprobs")
     params: dict[str, Any] = {
         "max_new_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
@@ -55,6 +72,9 @@ def encode_request(request: GenerateRequest, rid: str, vocab_size: int, stream_i
         "presence_penalty": sampling.presence_penalty,
         "repetition_penalty": sampling.repetition_penalty,
         "sampling_seed": sampling.seed,
+        "logit_bias": _encode_bias(sampling.logit_bias, vocab_size),
+        "json_schema": sampling.json_schema,
+        "structural_tag": sampling.structural_tag,
         "stream_interval": stream_interval if request.stream else None,
     }
     for name, value in params.items():
@@ -64,15 +84,31 @@ def encode_request(request: GenerateRequest, rid: str, vocab_size: int, stream_i
         if not 0 <= i < vocab_size:
             what = f"stop token id {i} is outside the vocabulary of {vocab_size} ids"
             raise errors.RequestError(what, param="stop_token_ids")
-    rest = msgspec.json.encode(
-        {
-            "rid": rid,
-            "sampling_params": {name: value for name, value in params.items() if value is not None},
-            "return_logprob": True,
-            "stream": request.stream,
-        }
-    )
+    fields: dict[str, Any] = {
+        "rid": rid,
+        "sampling_params": {name: value for name, value in params.items() if value is not None},
+        "return_logprob": True,
+        "stream": request.stream,
+    }
+    if request.num_top_logprobs:
+        fields["top_logprobs_num"] = request.num_top_logprobs
+    rest = msgspec.json.encode(fields)
     return b"".join((b'{"input_ids":', request.prompt.to_json(), b",", rest[1:]))
+
+
+def _encode_bias(pairs: tuple[tuple[int, float], ...], vocab_size: int) -> dict[str, float] | None:
+    """SGLang's `logit_bias`; None for no bias."""
+    biases: dict[str, float] = {}
+    for i, bias in pairs:
+        problem = f"is outside the vocabulary of {vocab_size} ids" if not 0 <= i < vocab_size else None
+        if str(i) in biases:
+            problem = "is given twice"
+        if not abs(bias) <= _MAX_BIAS:  # true for NaN, too
+            problem = f"has the bias {bias}, which is not between -{_MAX_BIAS:g} and {_MAX_BIAS:g}"
+        if problem is not None:
+            raise errors.RequestError(f"logit_bias: token id {i} {problem}", param="logit_bias")
+        biases[str(i)] = bias
+    return biases or None
 
 
 def _check_prompt(request: GenerateRequest, vocab_size: int) -> None:
@@ -111,6 +147,7 @@ class _Meta(msgspec.Struct):
     weight_versions: list[_Span] | None = None
     # Left as text: in a cumulative stream all but the end of it was decoded with the event before.
     output_token_logprobs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    output_top_logprobs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
 class _Answer(msgspec.Struct):  # of /generate, whole or one event
@@ -145,8 +182,9 @@ class ServerInfo(msgspec.Struct):
 
 
 _Triple = tuple[float | None, int, str | None]  # log-probability, id, text (null unless asked for)
+_Tops = list[_Triple]
+_Sure = tuple[float, int, str | None]
 _decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_triples = msgspec.json.Decoder(list[_Triple]).decode
 
 
 class Completion:
@@ -159,9 +197,10 @@ class Completion:
 
     __slots__ = (
         "_finish",
-        "_logprobs_text",
+        "_logprobs_list",
         "_meta",
         "_request",
+        "_top_list",
         "_version",
         "_vocab_size",
         "done",
@@ -180,7 +219,8 @@ class Completion:
         self._meta = _Meta()
         self._finish: _Finish | None = None
         self._version: str | None = None
-        self._logprobs_text = b"[]"
+        self._logprobs_list = GrowingList("output_token_logprobs", _Triple)
+        self._top_list = GrowingList("output_top_logprobs", _Tops)
 
     @property
     def num_tokens(self) -> int:
@@ -203,7 +243,7 @@ class Completion:
             self._disagree(f"the answer is not SGLang's: {error}; it begins {payload[:80]!r}")
         if answer.error is not None:
             self.settled = True
-            raise _stream_error(answer.error, self.num_tokens)
+            raise self.refusal(_code_of(answer.error), _find_message(answer.error))
         meta = answer.meta_info
         if meta is None:
             self._disagree("meta_info is missing")
@@ -213,7 +253,7 @@ class Completion:
             self.settled = True
             # First: an aborted answer may lack counts, and its output_ids may repeat its last token (source).
             if meta.finish_reason.type == "abort":
-                raise _aborted(meta.finish_reason, self.num_tokens)
+                raise self._aborted(meta.finish_reason)
         chunk = self._grow(answer.output_ids, meta)
         self._finish, self._meta = meta.finish_reason, meta
         return chunk
@@ -255,16 +295,19 @@ class Completion:
                 f"completion_tokens is {num_total}, output_ids has {len(ids)} after {num_seen} seen"
             )
         new_logprobs = self._new_logprobs(bytes(meta.output_token_logprobs), new)
+        top: list[list[tuple[int, float]]] | None = None
+        if self._request.num_top_logprobs:
+            top = self._new_top(bytes(meta.output_top_logprobs), new, new_logprobs)
         self._version = meta.weight_version if self._version in (None, meta.weight_version) else ""
         if not new:
             return None
         self.ids += new
         self.logprobs += new_logprobs
-        return TokenChunk(new, new_logprobs)
+        return TokenChunk(new, new_logprobs, top)
 
     def _new_logprobs(self, text: bytes, new: list[int]) -> list[float]:
         """The log-probabilities of the tokens `new`, checked; `text` is the event's JSON list of triples."""
-        triples = self._new_triples(text, len(new))
+        triples = self._logprobs_list.feed(text, len(new))
         ids = [triple[1] for triple in triples]
         if ids != new:
             at = next(i for i, (a, b) in enumerate(zip(ids, new, strict=True)) if a != b)
@@ -281,38 +324,20 @@ class Completion:
             self._disagree(f"{values[at]} of token {self.num_tokens + at} is not a log-probability")
         return values
 
-    def _new_triples(self, text: bytes, num_new: int) -> list[_Triple]:
-        """The triples of this event's new tokens, whether the list is cumulative or not: the count tells."""
-        if text in (b"", b"null"):
-            self._disagree("output_token_logprobs is missing, though it was asked for")
-        num_seen, seen = self.num_tokens, self._logprobs_text
-        if num_seen and text == seen and not num_new:
-            return []
-        if num_seen and text.startswith(seen[:-1] + b","):
-            # The text seen before, and more: decode only the rest. The count excludes that it is an
-            # incremental list which happens to begin like the tokens before.
-            triples = self._decode(b"[" + text[len(seen) :])
-            if len(triples) == num_new:
-                self._logprobs_text = text
-                return triples
-        triples = self._decode(text)
-        if len(triples) == num_new:
-            self._logprobs_text = text if not num_seen else b"[]"
-            return triples
-        if len(triples) != num_seen + num_new:
-            counts = f"{len(triples)} entries for {num_new} new tokens after {num_seen} seen"
-            self._disagree(f"output_token_logprobs has {counts}")
-        before = [(t[0], t[1]) for t in triples[:num_seen]]
-        if before != list(zip(self.logprobs, self.ids, strict=True)):
-            self._disagree(f"output_token_logprobs changed within the {num_seen} tokens received before")
-        self._logprobs_text = text
-        return triples[num_seen:]
-
-    def _decode(self, text: bytes) -> list[_Triple]:
-        try:
-            return _decode_triples(text)
-        except msgspec.MsgspecError as error:
-            self._disagree(f"output_token_logprobs: {error}")
+    def _new_top(self, text: bytes, new: list[int], logprobs: list[float]) -> list[list[tuple[int, float]]]:
+        """The likeliest tokens beside each of `new`, checked; impossible ones are left out."""
+        entries = self._top_list.feed(text, len(new))
+        checked: list[list[tuple[int, float]]] = []
+        for at, (tops, token, logprob) in enumerate(zip(entries, new, logprobs, strict=True)):
+            if (wrong := _wrong_top(tops, self._request.num_top_logprobs, self._vocab_size)) is not None:
+                self._disagree(f"output_top_logprobs of token {self.num_tokens + at}: {wrong}")
+            pairs = [(i, value) for value, i, _ in cast("list[_Sure]", tops) if value > _MIN_LOGPROB]
+            said = next((value for i, value in pairs if i == token), logprob)
+            if abs(said - logprob) > _MAX_LOGPROB:
+                what = f"{said} in output_top_logprobs, {logprob} in output_token_logprobs"
+                self._disagree(f"the log-probability of token {self.num_tokens + at} is {what}")
+            checked.append(pairs)
+        return checked
 
     def _check_finish(self, finish: _Finish) -> FinishReason:
         count, matched = len(self.ids), finish.matched
@@ -347,8 +372,46 @@ class Completion:
             self._disagree(f"weight_versions cover {end} of {count} tokens")
         return tuple(VersionSpan(span.version, span.start, span.end) for span in sent)
 
+    def _aborted(self, finish: _Finish) -> errors.TokentapeError:
+        """SGLang also says `abort`, with a status, for its own failures."""
+        message = finish.message or "aborted"
+        if finish.status_code is None:
+            said = f"the engine aborted the generation: {message}"
+            return errors.EngineAborted(said, num_tokens=self.num_tokens)
+        return self.refusal(finish.status_code, message)
+
+    def refusal(self, status: int | None, message: str) -> errors.TokentapeError:
+        """The error that a status means in answer to this request.
+
+        Observed: SGLang compiles a constraint only after it took the request in. Whole, that fails with a
+        status; streamed, with a 200 whose one event has finish_reason abort, the status in it and a token
+        that nobody asked for. A grammar that comes to allow no token at all (a `$ref` to itself) is a 500.
+        """
+        sampling = self._request.sampling
+        if (sampling.json_schema or sampling.structural_tag) and _CONSTRAINT_REFUSED.match(message):
+            what = f"the engine cannot hold the reply to what was asked of it: {message.strip()[:500]}"
+            return errors.RequestError(what, param="response_format")
+        return refusal(status, message, self.num_tokens)
+
     def _disagree(self, message: str) -> NoReturn:
         raise errors.EngineProtocolError(message, num_tokens=self.num_tokens)
+
+
+def _wrong_top(tops: _Tops, num: int, vocab_size: int) -> str | None:
+    """What is wrong with the `num` likeliest tokens of one place."""
+    values = [value for value, _, _ in tops]
+    ids = {i for _, i, _ in tops}
+    if len(ids) != num or len(tops) != num:
+        return f"{len(ids)} different ids in {len(tops)} entries, {num} were asked for"
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        return f"an id outside the vocabulary of {vocab_size} ids"
+    if None in values:
+        return "a log-probability is null"
+    sure = cast("list[float]", values)
+    # What no token can have is said as the float minimum (observed), and is last as the list is sorted.
+    if not _MIN_LOGPROB < sure[0] <= _MAX_LOGPROB or any(not a >= b for a, b in pairwise(sure)):
+        return f"{sure} are not log-probabilities, best first"
+    return None
 
 
 def refusal(status: int | None, message: str, num_tokens: int = 0) -> errors.TokentapeError:
@@ -372,19 +435,6 @@ def refusal(status: int | None, message: str, num_tokens: int = 0) -> errors.Tok
     return errors.EngineRejected(said, num_tokens=num_tokens)
 
 
-def _aborted(finish: _Finish, num_tokens: int) -> errors.TokentapeError:
-    """SGLang also says `abort`, with a status, for its own failures."""
-    message = finish.message or "aborted"
-    if finish.status_code is None:
-        return errors.EngineAborted(f"the engine aborted the generation: {message}", num_tokens=num_tokens)
-    return refusal(finish.status_code, message, num_tokens)
-
-
-def _stream_error(error: object, num_tokens: int) -> errors.TokentapeError:
-    code = cast("dict[str, object]", error).get("code") if isinstance(error, dict) else None
-    return refusal(code if isinstance(code, int) else None, _find_message(error), num_tokens)
-
-
 def lost(message: str, num_tokens: int) -> errors.EngineError:
     """The connection ended too early: after the first token, or before it."""
     if num_tokens:
@@ -398,6 +448,11 @@ def error_message(body: bytes) -> str:
         return _find_message(msgspec.json.decode(body))
     except msgspec.MsgspecError:
         return body[:500].decode("utf-8", "replace") or "(no text)"
+
+
+def _code_of(said: object) -> int | None:
+    code = cast("dict[str, object]", said).get("code") if isinstance(said, dict) else None
+    return code if isinstance(code, int) else None
 
 
 def _find_message(said: Any) -> str:

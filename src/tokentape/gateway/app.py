@@ -25,11 +25,13 @@ from tokentape.errors import (
     Unauthorized,
 )
 from tokentape.export import samples, to_arrow_stream, to_json_rows
-from tokentape.gateway import chat as wire
+from tokentape.gateway import chat
+from tokentape.gateway.api import AgentApi
+from tokentape.gateway.chat.request import session_sampling
 from tokentape.gateway.sessions import Session, Sessions
-from tokentape.gateway.turn import Progress, Turns
+from tokentape.gateway.turn import Turns
+from tokentape.gateway.wire import Decoded, Wire
 from tokentape.metrics import Metrics
-from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class Gateway:
     engine: Engine
     sessions: Sessions
     turns: Turns
-    tokenizer: Tokenizer
+    api: AgentApi
     metrics: Metrics
 
 
@@ -71,6 +73,7 @@ class _Create(msgspec.Struct, forbid_unknown_fields=True):
     sampling: dict[str, Raw] | None = None
     max_turns: _Limit = None
     max_tokens: _Limit = None
+    deadline_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None
 
 
 class _Finish(msgspec.Struct, forbid_unknown_fields=True):
@@ -97,7 +100,7 @@ def make_app(gateway: Gateway) -> web.Application:
                 route
                 for prefix in ("", "/sessions/{session_id}")
                 for route in (
-                    web.post(f"{prefix}/v1/chat/completions", routes.chat),
+                    web.post(f"{prefix}/v1/chat/completions", routes.agent(chat.WIRE)),
                     web.get(f"{prefix}/v1/models", routes.models),
                 )
             ),
@@ -138,7 +141,7 @@ def _error(error: TokentapeError, *, status: int | None = None) -> web.Response:
     # OpenAI's and Anthropic's SDKs retry 409 and 5xx on their own; the header tells them what is worth it.
     headers = {"x-should-retry": "true" if error.retryable else "false"}
     return web.Response(
-        body=msgspec.json.encode(wire.error_body(error)),
+        body=msgspec.json.encode(chat.WIRE.error_body(error)),
         status=status or error.status,
         content_type="application/json",
         headers=headers,
@@ -190,9 +193,10 @@ class _Routes:
         session = await self._sessions.create(
             body.session_id,
             metadata=body.metadata,
-            sampling=wire.session_sampling(body.sampling or {}),
+            sampling=session_sampling(body.sampling or {}),
             max_turns=body.max_turns,
             max_tokens=body.max_tokens,
+            deadline_s=body.deadline_s,
         )
         base_url = f"{request.scheme}://{request.host}/sessions/{session.session_id}/v1"
         return _json({"session_id": session.session_id, "base_url": base_url})
@@ -262,22 +266,31 @@ class _Routes:
         model = {"id": self._config.model, "object": "model", "created": 0, "owned_by": "tokentape"}
         return _json({"object": "list", "data": [model]})
 
-    async def chat(self, request: web.Request) -> web.StreamResponse:
-        session = await self._session(request)
-        session.check_open()
-        body = await request.read()
-        call = wire.decode(body, session, default_model=self._config.model, strict=self._config.strict)
-        tokenizer = self._gateway.tokenizer
-        if not call.request.stream:
-            done = await self._gateway.turns.run(session, call.request)
-            reply = wire.completion(call, done, tokenizer, session.session_id)
-            return web.Response(body=reply, content_type="application/json")
-        return await self._chat_stream(request, session, call)
+    def agent(self, wire: Wire) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """The handler of a wire's main route."""
 
-    async def _chat_stream(
-        self, request: web.Request, session: Session, call: wire.ChatCall
-    ) -> web.StreamResponse:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            session = await self._session(request)
+            decoded = self._gateway.api.decode(wire, session, await request.read(), request.headers)
+            if decoded.request.stream:
+                return await self._stream(request, session, decoded)
+            return await self._whole(request, session, decoded)
+
+        return handle
+
+    async def _whole(self, request: web.Request, session: Session, decoded: Decoded) -> web.StreamResponse:
+        api = self._gateway.api
+        dones = await api.whole(session, decoded, request.headers)
+        response = web.Response(body=decoded.writer.whole(dones), content_type="application/json")
+        with contextlib.suppress(ConnectionError):  # the turn is committed: a retry gets the reply
+            await response.prepare(request)
+            await response.write_eof()
+            api.delivered(session, decoded)
+        return response
+
+    async def _stream(self, request: web.Request, session: Session, decoded: Decoded) -> web.StreamResponse:
         """Headers leave with the first token: what fails before it still gets its own status."""
+        api = self._gateway.api
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream",
@@ -285,29 +298,14 @@ class _Routes:
                 "X-Accel-Buffering": "no",
             }
         )
-        writer = wire.ChunkWriter(call, self._gateway.tokenizer)
-
-        async def write(data: bytes, *, last: bool = False) -> None:
-            try:
-                if not response.prepared:
-                    await response.prepare(request)
-                await (response.write_eof(data) if last else response.write(data))
-            except ConnectionError as error:
-                raise ClientGone("the client closed the stream") from error
-
-        async def emit(progress: Progress) -> None:
-            if data := writer.chunks(progress):
-                await write(data)
-
-        try:
-            done = await self._gateway.turns.run(session, call.request, emit)
-            end = writer.last(done, session.session_id)
-        except TokentapeError as error:
-            if not response.prepared:
-                raise
-            end = writer.error(error)
-        with contextlib.suppress(ClientGone):  # the turn is committed, or its failure recorded
-            await write(end, last=True)
+        async with contextlib.aclosing(api.stream(session, decoded, request.headers)) as pieces:
+            with contextlib.suppress(ConnectionError):  # the client has left: so do we
+                async for piece in pieces:
+                    if not response.prepared:
+                        await response.prepare(request)
+                    await response.write(piece)
+                await response.write_eof()
+                api.delivered(session, decoded)
         return response
 
     async def _session(self, request: web.Request) -> Session:
@@ -344,7 +342,7 @@ class _Routes:
             else:
                 log.info("engine: %s", _info_json(info))
                 if info.context_length is not None:
-                    self._gateway.turns.context_length = info.context_length
+                    self._gateway.turns.planner.context_length = info.context_length
                 return
 
 

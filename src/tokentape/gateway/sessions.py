@@ -5,14 +5,16 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import Raw
 
 from tokentape.errors import (
+    ClientGone,
     LimitReached,
     NotFound,
     RequestError,
@@ -20,12 +22,14 @@ from tokentape.errors import (
     SessionExists,
     TokentapeError,
 )
+from tokentape.gateway.calls import Call
 from tokentape.metrics import Metrics
 from tokentape.render import Frame
 from tokentape.store import Failure, SessionRecord, Store, StoredSession
 from tokentape.tape import Turn
 from tokentape.tree import Known, Tree, frame_key
-from tokentape.types import Json, Sampling
+from tokentape.types import Json, Message, Sampling
+from tokentape.volatile import NOTHING, Volatile
 
 _T = TypeVar("_T")
 SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:@-]{0,127}")
@@ -35,8 +39,9 @@ SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:@-]{0,127}")
 class Session:
     """One episode. Turns may run side by side; commits happen one at a time, under `commit_lock`.
 
-    `known` and `frames` remember what replayed bytes decode to, so that an unchanged message of the history
-    costs one hash and one look-up.
+    `running` are the requests that are being answered, `answered` the turns that answered one before, both by
+    the request's digest; the answers of `undelivered` ones may not have reached anybody. `ending` is why the
+    session is about to take no more turns.
     """
 
     record: SessionRecord
@@ -44,8 +49,12 @@ class Session:
     failures: Counter[str] = field(default_factory=Counter[str])
     num_sampled_tokens: int = 0
     commit_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    known: dict[bytes, Known] = field(default_factory=dict[bytes, Known])
-    frames: dict[bytes, tuple[Frame, tuple[bytes, bytes]]] = field(
+    running: dict[str, set[Call]] = field(default_factory=dict[str, set[Call]])
+    answered: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    undelivered: set[str] = field(default_factory=set[str])
+    ending: TokentapeError | None = None
+    _known: dict[bytes, tuple[Known, ...]] = field(default_factory=dict[bytes, tuple[Known, ...]])
+    _frames: dict[bytes, tuple[Frame, tuple[bytes, bytes]]] = field(
         default_factory=dict[bytes, tuple[Frame, tuple[bytes, bytes]]]
     )
 
@@ -55,27 +64,59 @@ class Session:
         return self.record.session_id
 
     def frame(self, tools: bytes, arguments: bytes) -> tuple[Frame, tuple[bytes, bytes]]:
-        """Tools and template arguments from their JSON, with their identity."""
+        """Tools (OpenAI's shape) and template arguments from their JSON, with their identity."""
         key = blake2b(tools + b"\0" + arguments, digest_size=16).digest()
-        if key not in self.frames:
+        if key not in self._frames:
             frame = Frame(tuple(msgspec.json.decode(tools)), msgspec.json.decode(arguments))
-            self.frames[key] = frame, frame_key(frame.tools, frame.arguments)
-        return self.frames[key]
+            self._frames[key] = frame, frame_key(frame.tools, frame.arguments)
+        return self._frames[key]
+
+    def known(self, wire: str, raw: Raw, decode: Callable[[], Sequence[Message]]) -> tuple[Known, ...]:
+        """What one message of a wire means; `decode` is asked only where these bytes are new.
+
+        An unchanged message of the history costs one hash and one look-up.
+        """
+        key = blake2b(raw, digest_size=16, person=wire.encode()).digest()
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = tuple(self.tree.know(message) for message in decode())
+        return found
 
     def check_open(self) -> None:
         """Raise `SessionClosed` unless the session takes turns."""
         if self.record.state != "open":
             raise SessionClosed(f"session {self.session_id!r} is {self.record.state}: it takes no more turns")
+        if self.ending is not None:
+            raise self.ending
 
-    def budget(self) -> int | None:
+    def end(self, reason: TokentapeError) -> None:
+        """Take no more turns, and stop those that are being sampled."""
+        self.ending = reason
+        for calls in self.running.values():
+            for call in calls:
+                call.stop()
+
+    def cancelled(self) -> TokentapeError:
+        """Why a turn of this session was cancelled."""
+        return self.ending or ClientGone("the client left before the turn was committed")
+
+    def seconds_left(self) -> float | None:
+        """Seconds to the session's deadline, None where it has none."""
+        deadline = self.record.deadline
+        return None if deadline is None else deadline - time.time()
+
+    def budget(self, num_turns: int = 1) -> int | None:
         """How many tokens may still be sampled, None without a limit.
 
         Raises:
-            LimitReached: none, or no turn is left.
+            LimitReached: none is left, or no time, or not so many turns.
         """
         record = self.record
-        if record.max_turns is not None and len(self.tree) >= record.max_turns:
-            raise LimitReached(f"session {self.session_id!r} has used its {record.max_turns} turns")
+        if (left := self.seconds_left()) is not None and left <= 0:
+            raise LimitReached(f"session {self.session_id!r} has reached its deadline")
+        if record.max_turns is not None and len(self.tree) + num_turns > record.max_turns:
+            used = f"has used {len(self.tree)} of its {record.max_turns} turns"
+            raise LimitReached(f"session {self.session_id!r} {used}")
         if record.max_tokens is None:
             return None
         left = record.max_tokens - self.num_sampled_tokens
@@ -83,12 +124,12 @@ class Session:
             raise LimitReached(f"session {self.session_id!r} has used its {record.max_tokens} sampled tokens")
         return left
 
-    def check_budget(self, num_tokens: int) -> None:
-        """Raise `LimitReached` where a turn of so many sampled tokens is too much.
+    def check_budget(self, num_tokens: int, num_turns: int) -> None:
+        """Raise `LimitReached` where turns of so many sampled tokens are too much.
 
         Asked again at the commit: turns that run side by side each began within the limits.
         """
-        left = self.budget()
+        left = self.budget(num_turns)
         if left is not None and num_tokens > left:
             raise LimitReached(f"session {self.session_id!r} has {left} tokens left, not {num_tokens}")
 
@@ -96,6 +137,14 @@ class Session:
         """Append a durable turn."""
         self.tree.commit(turn)
         self.num_sampled_tokens += len(turn.completion)
+        digest, request_id = turn.origin.digest, turn.origin.request_id
+        if turn.turn_id == request_id:
+            self.answered[digest] = []
+            self.undelivered.add(digest)
+        self.answered[digest].append(turn.turn_id)
+        parent = self.tree.turn(turn.parent_id) if turn.parent_id is not None else None
+        if parent is not None:  # who continues it has received it
+            self.undelivered.discard(parent.origin.digest)
 
     def summary(self) -> Json:
         """What `GET /sessions/{id}` answers."""
@@ -120,10 +169,17 @@ class Sessions:
     """All sessions of a gateway; those that are not in memory are read from the store on demand."""
 
     def __init__(
-        self, store: Store, content_tests: tuple[str, ...], metrics: Metrics, *, auto_sessions: bool = False
+        self,
+        store: Store,
+        content_tests: tuple[str, ...],
+        volatile: Volatile,
+        metrics: Metrics,
+        *,
+        auto_sessions: bool = False,
     ) -> None:
         self._store = store
         self._content_tests = content_tests
+        self._volatile = volatile
         self._metrics = metrics
         self._auto_sessions = auto_sessions
         self._sessions: dict[str, Session] = {}
@@ -137,6 +193,7 @@ class Sessions:
         sampling: Sampling | None = None,
         max_turns: int | None = None,
         max_tokens: int | None = None,
+        deadline_s: float | None = None,
     ) -> Session:
         """Create an open session; without an id it gets one that cannot be guessed.
 
@@ -152,20 +209,22 @@ class Sessions:
                 "session_id must be 1 to 128 letters, digits or ._~:@- and start with a letter or digit",
                 param="session_id",
             )
+        now = time.time()
         record = SessionRecord(
             session_id,
             "open",
-            time.time(),
+            now,
             dict(metadata or {}),
             sampling or Sampling(),
             max_turns,
             max_tokens,
+            None if deadline_s is None else now + deadline_s,
         )
         async with self._lock:
             if await self._find(session_id) is not None:
                 raise SessionExists(f"session {session_id!r} exists already", param="session_id")
             await self._store.put_session(record)
-            return self._keep(Session(record, Tree(self._content_tests)))
+            return self._keep(Session(record, Tree(self._content_tests, self._volatile)))
 
     async def get(self, session_id: str, *, used: bool = False) -> Session:
         """The session of this id, as it was when it was last committed.
@@ -199,6 +258,17 @@ class Sessions:
         await to_the_end(self._finish(session, reward, metadata))
 
     async def _finish(self, session: Session, reward: float | None, metadata: Mapping[str, Any]) -> None:
+        if session.record.state == "open":
+            session.end(SessionClosed(f"session {session.session_id!r} is being finished"))
+        try:
+            await self._finish_ended(session, reward, metadata)
+        except TokentapeError:
+            session.ending = None
+            raise
+
+    async def _finish_ended(
+        self, session: Session, reward: float | None, metadata: Mapping[str, Any]
+    ) -> None:
         async with session.commit_lock:
             record = session.record
             if record.state == "finished":
@@ -227,10 +297,15 @@ class Sessions:
             session = await self._find(session_id)
             if session is None:
                 raise NotFound(f"session {session_id!r} does not exist")
-            async with session.commit_lock:
-                await self._store.delete(session_id)
-                session.record = replace(session.record, state="deleted")  # turns under way find it closed
-                self._forget(session)
+            session.end(SessionClosed(f"session {session_id!r} is being deleted"))
+            try:
+                async with session.commit_lock:
+                    await self._store.delete(session_id)
+                    session.record = replace(session.record, state="deleted")  # late turns find it closed
+                    self._forget(session)
+            except TokentapeError:
+                session.ending = None
+                raise
 
     async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
         """Records of sessions, by id."""
@@ -255,7 +330,7 @@ class Sessions:
         stored = await self._store.load(session_id)
         if stored is None:
             return None
-        session = restore(stored, self._content_tests)
+        session = restore(stored, self._content_tests, self._volatile)
         return self._keep(session) if session.record.state == "open" else session
 
     def _forget(self, session: Session) -> None:
@@ -289,9 +364,11 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
     return task.result()
 
 
-def restore(stored: StoredSession, content_tests: tuple[str, ...] = ()) -> Session:
+def restore(
+    stored: StoredSession, content_tests: tuple[str, ...] = (), volatile: Volatile = NOTHING
+) -> Session:
     """A session as it was before a restart: its turns committed again, in their order."""
-    session = Session(stored.record, Tree(content_tests), Counter(f.kind for f in stored.failures))
+    session = Session(stored.record, Tree(content_tests, volatile), Counter(f.kind for f in stored.failures))
     for turn in stored.turns:
         session.commit(turn)
     return session

@@ -1,4 +1,4 @@
-"""One turn: attach → extend → generate → parse → store → commit. Knows no HTTP."""
+"""One turn: plan → generate → parse → store → commit. Knows no HTTP."""
 
 import asyncio
 import contextlib
@@ -6,87 +6,39 @@ import logging
 import secrets
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from tokentape.engines.base import Engine, GenerateRequest, GenerateResult, TokenChunk
-from tokentape.errors import (
-    ClientGone,
-    ContextOverflow,
-    InternalError,
-    RequestError,
-    StoreError,
-    TokentapeError,
-)
+from tokentape.errors import InternalError, LimitReached, RequestError, StoreError, TokentapeError
 from tokentape.formats import Format
+from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, TurnRequest
+from tokentape.gateway.plan import Plan, Planner
 from tokentape.gateway.sessions import Session, Sessions, to_the_end
 from tokentape.metrics import Metrics
 from tokentape.parse import ParseEvent, Parser, ParseResult
-from tokentape.render import Ended, Frame, NotExtendable, Rendered, Renderer
+from tokentape.render import Frame, Renderer
 from tokentape.store import Store
 from tokentape.tape import Turn, prompt_after
 from tokentape.tokenizer import TextStream
-from tokentape.tree import Attachment, Known, MessageKey, keys_of
+from tokentape.tree import BranchReason
 from tokentape.types import Message, Prompt, Sampling, TokenRun, Usage
+from tokentape.volatile import Volatile
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class TurnRequest:
-    """What a wire asks for. `messages` are the whole conversation; `frame_key` is the identity of `frame`.
+class _Sampled:
+    """A generation that has ended well, and what it says."""
 
-    `turn_id` names the turn if it is committed. `ignored` are the names of fields that had no effect.
-    `parse_calls` is False where the caller wants no tool calls.
-    """
-
-    turn_id: str
-    messages: Sequence[Known]
-    frame: Frame
-    frame_key: tuple[bytes, bytes]
-    sampling: Sampling
-    parse_calls: bool
-    stream: bool
-    ignored: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """New tokens as they come: `ids` int[n] and `logprobs` float[n], and what the text means so far."""
-
-    ids: Sequence[int]
-    logprobs: Sequence[float]
-    events: Sequence[ParseEvent]
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A committed turn with what a reply needs. `prompt` is all that the engine was sent."""
-
-    turn: Turn
-    prompt: Prompt
+    result: GenerateResult
     parsed: ParseResult
-    usage: Usage
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A turn before it is sampled.
-
-    `parent` is None where the prompt had to be rendered whole; `reason` then says why if the template is to
-    blame. `new` are the messages that `rendered` renders, `keys` theirs.
-    """
-
-    parent: Turn | None
-    reason: str | None
-    new: tuple[Message, ...]
-    keys: Sequence[MessageKey]
-    rendered: Rendered
-    prompt: Prompt
-    sampling: Sampling
+    top: Sequence[Sequence[tuple[int, float]]] | None
 
 
 @dataclass(slots=True)
@@ -115,8 +67,6 @@ class Turns:
 
     `context_length` in tokens bounds prompt plus completion; None: only the engine knows it. `eos_ids` end a
     turn even where the engine does not say so.
-    `default_max_tokens` holds where neither the request, the session, nor the context says how much to
-    sample.
     """
 
     def __init__(
@@ -124,6 +74,7 @@ class Turns:
         engine: Engine,
         renderer: Renderer,
         format: Format,  # noqa: A002  # the field's word
+        volatile: Volatile,
         store: Store,
         sessions: Sessions,
         metrics: Metrics,
@@ -133,149 +84,131 @@ class Turns:
         default_max_tokens: int = 4096,
     ) -> None:
         self._engine = engine
-        self._renderer = renderer
+        self._tokenizer = renderer.tokenizer
         self._format = format
         self._store = store
         self._sessions = sessions
         self._metrics = metrics
-        self.context_length = context_length
-        self._default_max_tokens = default_max_tokens
         self._maybe_stop = renderer.tokenizer.added_ids | eos_ids
         self._eos_ids = eos_ids
+        self.planner = Planner(
+            renderer,
+            format,
+            volatile,
+            context_length=context_length,
+            end_ids=self._maybe_stop,
+            default_max_tokens=default_max_tokens,
+        )
 
-    async def run(
-        self,
-        session: Session,
-        request: TurnRequest,
-        emit: Callable[[Progress], Awaitable[None]] | None = None,
-    ) -> Done:
-        """Sample one turn and commit it. With `emit`, progress is handed over as it comes.
+    async def run(self, session: Session, request: TurnRequest, emit: Emit) -> list[Done]:
+        """Sample the turns that a request asks for, one a choice, and commit them together.
 
-        A cancelled caller, or an `emit` that raises `ClientGone`, aborts the generation; nothing is committed
-        then.
+        A cancelled caller aborts the generations; nothing is committed then.
 
         Raises:
             RequestError: the request cannot be served; the session is unchanged.
-            EngineError, StoreError, ClientGone: the turn failed; the session has one failure more and is
-                otherwise unchanged.
+            EngineError, StoreError: the turn failed; the session has one failure more and is otherwise
+                unchanged.
         """
         session.check_open()
-        started = time.monotonic()
-        try:
-            plan = self._plan(session, request)
-        except RecursionError:
-            raise RequestError("tools or tool-call arguments are nested too deep", param="messages") from None
+        began = time.monotonic()
+        plan = self.planner.plan(session, request)
+        turn_ids = tuple(_new_turn_id() for _ in range(request.num_choices))
         num_tokens = 0
 
-        async def count(progress: Progress) -> None:
+        async def count(event: Event) -> None:
             nonlocal num_tokens
-            num_tokens += len(progress.ids)
-            if emit is not None:
-                await emit(progress)
+            num_tokens += len(event.ids) if isinstance(event, Progress) else 0
+            if request.stream:
+                await emit(event)
 
         self._metrics.active_turns.inc()
         try:
-            result, parsed = await self._generate(request, plan, count)
+            await count(Started(turn_ids, len(plan.prompt), time.time()))
+            async with _deadline(session):
+                sampled = await self._sample(request, plan, turn_ids, count)
         except asyncio.CancelledError:
-            await self._fail(session, ClientGone("the client left before the turn was committed"), num_tokens)
+            await self.fail(session, session.cancelled(), num_tokens)
             raise
         except RequestError as error:  # a context that only the engine knows to be too long
-            if num_tokens:
-                await self._fail(session, error, num_tokens)
+            if num_tokens or isinstance(error, LimitReached):
+                await self.fail(session, error, num_tokens)
             raise
         except TokentapeError as error:
-            await self._fail(session, error, num_tokens)
+            await self.fail(session, error, num_tokens)
             raise
         except Exception as error:  # the boundary: a stream that has begun can only end with a typed error
             bug = InternalError(f"{type(error).__name__}: {error}")
             log.exception("session %s: turn failed", session.session_id)
-            await self._fail(session, bug, num_tokens)
+            await self.fail(session, bug, num_tokens)
             raise bug from error
         finally:
             self._metrics.active_turns.dec()
         # To the end even if the client leaves meanwhile: a durable turn is always in the tree.
-        turn = await to_the_end(self._commit(session, request, plan, result, parsed))
-        self._metrics.turn_seconds.observe(time.monotonic() - started)
-        usage = Usage(len(plan.prompt), len(turn.completion), turn.num_cached_tokens)
-        return Done(turn, plan.prompt, parsed, usage)
+        turns = await to_the_end(self._commit(session, request, plan, turn_ids, sampled))
+        self._metrics.turn_seconds.observe(time.monotonic() - began)
+        return [
+            Done(turn, plan.prompt, _usage(turn, plan.prompt), one.top)
+            for turn, one in zip(turns, sampled, strict=True)
+        ]
 
-    # -- before the engine
-
-    def _plan(self, session: Session, request: TurnRequest) -> _Plan:
-        budget = session.budget()
-        keys = keys_of(request.messages)
-        attachment = session.tree.attach(request.frame_key, keys)
-        new = tuple(known.message for known in request.messages[attachment.num_matched :])
-        parent = attachment.path[-1] if attachment.path else None
-        reason = None
-        if parent is not None:
-            new = _with_recorded_ids(new, keys[attachment.num_matched :], parent)
-            # An ordinary token that stopped the engine (`stop_token_ids`) ends no turn of the template's.
-            stop_id = parent.stop_id if parent.stop_id in self._maybe_stop else None
-            ended = Ended(parent.reply, stop_id, parent.in_reasoning)
-            rendered = self._renderer.extend(request.frame, attachment.before, ended, new)
-            if isinstance(rendered, NotExtendable):
-                log.info(
-                    "session %s: new branch: %s (%s)", session.session_id, rendered.reason, rendered.detail
-                )
-                reason = rendered.reason.value
-                new, parent = (*_recorded(attachment), *new), None
-                rendered = self._renderer.render(request.frame, new)
-        else:
-            rendered = self._renderer.render(request.frame, new)
-        path = attachment.path if parent is not None else ()
-        prompt = prompt_after(path, rendered.run)
-        sampling = self._sampling(session.record.sampling, request.sampling, len(prompt), budget)
-        new_keys = keys[attachment.num_matched :] if parent is not None else keys
-        return _Plan(parent, reason, new, new_keys, rendered, prompt, sampling)
-
-    def _sampling(
-        self, session: Sampling, request: Sampling, num_prompt: int, budget: int | None
-    ) -> Sampling:
-        """The request's sampling over the session's, with a definite number of tokens to sample.
+    def recorded(self, session: Session, turn_ids: Sequence[str]) -> list[Done]:
+        """Committed turns once more, as `run` returned them.
 
         Raises:
-            ContextOverflow: the prompt, or prompt + `max_tokens`, does not fit.
+            InternalError: one is not in the session.
         """
-        merged = msgspec.structs.replace(
-            session,
-            **{
-                f: getattr(request, f)
-                for f in Sampling.__struct_fields__
-                if getattr(request, f) not in (None, ())
-            },
-        )
-        room = None if self.context_length is None else self.context_length - num_prompt
-        if room is not None and room < (merged.max_tokens or 1):
-            asked = f" and {merged.max_tokens} in the completion" if merged.max_tokens else ""
-            raise ContextOverflow(
-                f"This model's maximum context length is {self.context_length} tokens. However, your request "
-                f"has {num_prompt} tokens in the messages{asked}. Please reduce the length of the messages "
-                "or completion.",
-                num_prompt_tokens=num_prompt,
-                context_length=self.context_length,
-            )
-        limits = [n for n in (merged.max_tokens, budget) if n is not None]
-        if merged.max_tokens is None:
-            limits.append(room if room is not None else self._default_max_tokens)
-        return msgspec.structs.replace(merged, max_tokens=min(limits))
+        dones: list[Done] = []
+        for turn_id in turn_ids:
+            *before, turn = session.tree.path(turn_id)
+            prompt = prompt_after(before, turn.prompt)
+            dones.append(Done(turn, prompt, _usage(turn, prompt)))
+        return dones
+
+    async def fail(self, session: Session, error: TokentapeError, num_tokens: int) -> None:
+        """Record a turn that was not committed: `num_tokens` were sampled for it."""
+        log.warning("session %s: turn failed: %s: %s", session.session_id, error.kind, error)
+        try:
+            await self._sessions.fail(session, error, num_tokens)
+        except StoreError:
+            log.exception("session %s: the failure could not be stored", session.session_id)
 
     # -- the engine
 
+    async def _sample(
+        self, request: TurnRequest, plan: Plan, turn_ids: Sequence[str], emit: Emit
+    ) -> list[_Sampled]:
+        """All choices, side by side; where one fails, the others are aborted."""
+        if len(turn_ids) == 1:
+            return [await self._generate(request, plan, turn_ids[0], 0, emit)]
+        tasks = [
+            asyncio.ensure_future(self._generate(request, plan, turn_id, choice, emit))
+            for choice, turn_id in enumerate(turn_ids)
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _generate(
-        self, request: TurnRequest, plan: _Plan, emit: Callable[[Progress], Awaitable[None]]
-    ) -> tuple[GenerateResult, ParseResult]:
-        stops = self._maybe_stop | frozenset(plan.sampling.stop_token_ids)
-        reader = _Reader(self._renderer.tokenizer.stream(), self._parser(request, plan), stops)
-        call = GenerateRequest(request.turn_id, plan.prompt, plan.sampling, request.stream)
+        self, request: TurnRequest, plan: Plan, turn_id: str, choice: int, emit: Emit
+    ) -> _Sampled:
+        sampling = _of_choice(plan.sampling, choice)
+        stops = self._maybe_stop | frozenset(sampling.stop_token_ids)
+        reader = _Reader(self._tokenizer.stream(), self._parser(request, plan), stops)
+        call = GenerateRequest(turn_id, plan.prompt, sampling, request.stream, request.num_top_logprobs)
+        top: list[list[tuple[int, float]]] = []
         async with contextlib.aclosing(self._engine.generate(call)) as parts:
             async for part in parts:
                 if isinstance(part, TokenChunk):
-                    await emit(Progress(part.ids, part.logprobs, reader.feed(part.ids)))
+                    top += part.top or []
+                    await emit(Progress(choice, part.ids, part.logprobs, reader.feed(part.ids), part.top))
                 else:
                     events, parsed = reader.finish(self._stop_id(part))
-                    await emit(Progress((), (), events))
-                    return part, parsed
+                    await emit(Progress(choice, (), (), events))
+                    return _Sampled(part, parsed, top if request.num_top_logprobs else None)
         raise InternalError("the engine client ended without a result")
 
     def _stop_id(self, result: GenerateResult) -> int | None:
@@ -289,72 +222,92 @@ class Turns:
         unnamed = result.matched is None and result.finish_reason == "stop" and last in self._maybe_stop
         return last if unnamed or last in self._eos_ids else None
 
-    def _parser(self, request: TurnRequest, plan: _Plan) -> Parser:
-        tags = self._format.reasoning
+    def _parser(self, request: TurnRequest, plan: Plan) -> Parser:
         return Parser(
             self._format.syntax,
             tools=_tool_names(request.frame),
             parse_tools=request.parse_calls and bool(request.frame.tools),
-            reasoning_open=tags is not None and plan.rendered.tail.rstrip().endswith(tags.open),
-            stop=plan.sampling.stop,
+            reasoning_open=plan.reasoning_open,
+            stop=plan.stop,
             new_call_id=_new_call_id,
         )
 
     # -- after the engine
 
     async def _commit(
-        self, session: Session, request: TurnRequest, plan: _Plan, result: GenerateResult, parsed: ParseResult
-    ) -> Turn:
-        """A committed and counted turn, or a recorded failure."""
+        self,
+        session: Session,
+        request: TurnRequest,
+        plan: Plan,
+        turn_ids: Sequence[str],
+        sampled: Sequence[_Sampled],
+    ) -> list[Turn]:
+        """Committed and counted turns, or a recorded failure."""
+        num_tokens = sum(len(one.result.completion_ids) for one in sampled)
         try:
-            turn = await self._put(session, request, plan, result, parsed)
+            async with session.commit_lock:
+                session.check_open()  # it may have been finished meanwhile
+                session.check_budget(num_tokens, len(sampled))
+                turns = [
+                    self._turn(session, request, plan, turn_ids, choice, one)
+                    for choice, one in enumerate(sampled)
+                ]
+                for turn in turns:
+                    turn.verify()
+                await self._store.put_turns(session.session_id, turns)
+                for turn in turns:
+                    session.commit(turn)
         except TokentapeError as error:  # the store failed; or the session is finished, or full, meanwhile
-            await self._fail(session, error, len(result.completion_ids))
+            await self.fail(session, error, num_tokens)
             raise
-        self._count(turn, len(plan.prompt))
-        return turn
+        for turn in turns:
+            self._count(turn, len(plan.prompt))
+        return turns
 
-    async def _put(
-        self, session: Session, request: TurnRequest, plan: _Plan, result: GenerateResult, parsed: ParseResult
+    def _turn(
+        self,
+        session: Session,
+        request: TurnRequest,
+        plan: Plan,
+        turn_ids: Sequence[str],
+        choice: int,
+        sampled: _Sampled,
     ) -> Turn:
-        """Make the turn durable, then part of the tree."""
+        result, parsed = sampled.result, sampled.parsed
         parent_id = plan.parent.turn_id if plan.parent is not None else None
-        async with session.commit_lock:
-            session.check_open()  # it may have been finished meanwhile
-            session.check_budget(len(result.completion_ids))
+        if choice:
+            reason = BranchReason.CHOICE.value
+        else:
             reason = plan.reason or session.tree.branch_reason(parent_id, request.frame_key, plan.keys)
-            turn = Turn(
-                turn_id=request.turn_id,
-                parent_id=parent_id,
-                branch_reason=reason,
-                prompt=plan.rendered.run,
-                completion=TokenRun(result.completion_ids),
-                logprobs=array("f", result.logprobs),
-                versions=result.versions,
-                finish_reason=result.finish_reason,
-                stop_id=self._stop_id(result),
-                messages=plan.new,
-                reply=Message(
-                    role="assistant",
-                    content=parsed.content,
-                    reasoning=parsed.reasoning,
-                    tool_calls=parsed.tool_calls,
-                ),
-                in_reasoning=not parsed.reasoning_closed,
-                parse_status=parsed.status,
-                attempts=tuple(msgspec.to_builtins(a) for a in parsed.attempts),
-                tools=request.frame.tools,
-                arguments=dict(request.frame.arguments),
-                sampling=plan.sampling,
-                neutralised=plan.rendered.neutralised,
-                ignored=request.ignored,
-                num_cached_tokens=result.num_cached_tokens,
-                created_at=time.time(),
-            )
-            turn.verify()
-            await self._store.put_turn(session.session_id, turn)
-            session.commit(turn)
-            return turn
+        return Turn(
+            turn_id=turn_ids[choice],
+            parent_id=parent_id,
+            branch_reason=reason,
+            prompt=plan.rendered.run,
+            completion=TokenRun(result.completion_ids),
+            logprobs=array("f", result.logprobs),
+            versions=result.versions,
+            finish_reason=result.finish_reason,
+            stop_id=self._stop_id(result),
+            messages=plan.new,
+            reply=Message(
+                role="assistant",
+                content=parsed.content,
+                reasoning=parsed.reasoning,
+                tool_calls=parsed.tool_calls,
+            ),
+            in_reasoning=not parsed.reasoning_closed,
+            parse_status=parsed.status,
+            attempts=tuple(msgspec.to_builtins(a) for a in parsed.attempts),
+            tools=request.frame.tools,
+            arguments=dict(request.frame.arguments),
+            sampling=_of_choice(plan.sampling, choice),
+            neutralised=plan.rendered.neutralised,
+            superseded=plan.superseded,
+            origin=replace(request.origin, request_id=turn_ids[0]),
+            num_cached_tokens=result.num_cached_tokens,
+            created_at=time.time(),
+        )
 
     def _count(self, turn: Turn, num_prompt_tokens: int) -> None:
         metrics = self._metrics
@@ -368,34 +321,30 @@ class Turns:
         metrics.sampled_tokens.inc(len(turn.completion))
         metrics.rendered_tokens.inc(len(turn.prompt))
         metrics.neutralised.inc(len(turn.neutralised))
-        metrics.ignored_fields.inc(len(turn.ignored))
-
-    async def _fail(self, session: Session, error: TokentapeError, num_tokens: int) -> None:
-        log.warning("session %s: turn failed: %s: %s", session.session_id, error.kind, error)
-        try:
-            await self._sessions.fail(session, error, num_tokens)
-        except StoreError:
-            log.exception("session %s: the failure could not be stored", session.session_id)
+        metrics.ignored_fields.inc(len(turn.origin.ignored))
 
 
-def _recorded(attachment: Attachment) -> list[Message]:
-    """The matched messages as they were recorded: with the reasoning that the agent did not replay."""
-    return [message for turn in attachment.path for message in (*turn.messages, turn.reply)]
+@contextlib.asynccontextmanager
+async def _deadline(session: Session) -> AsyncGenerator[None]:
+    """Ends what runs inside when the session's time is over.
+
+    Raises:
+        LimitReached: it is.
+    """
+    try:
+        async with asyncio.timeout(session.seconds_left()):
+            yield
+    except TimeoutError:
+        raise LimitReached(f"session {session.session_id!r} has reached its deadline") from None
 
 
-def _with_recorded_ids(
-    new: tuple[Message, ...], keys: Sequence[MessageKey], parent: Turn
-) -> tuple[Message, ...]:
-    """Tool results under the recorded ids of the calls: agents renumber, templates look up."""
-    calls = parent.reply.tool_calls
-    out: list[Message] = []
-    for position, (message, key) in enumerate(zip(new, keys, strict=True)):
-        if message.role == "assistant":  # what follows answers that message's calls
-            return (*out, *new[position:])
-        if message.role == "tool" and 0 <= key.ordinal < len(calls):
-            message = msgspec.structs.replace(message, tool_call_id=calls[key.ordinal].id)
-        out.append(message)
-    return tuple(out)
+def _of_choice(sampling: Sampling, choice: int) -> Sampling:
+    """Each choice has a seed of its own: the same one would sample the same tokens."""
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)
+
+
+def _usage(turn: Turn, prompt: Prompt) -> Usage:
+    return Usage(len(prompt), len(turn.completion), turn.num_cached_tokens)
 
 
 def _tool_names(frame: Frame) -> frozenset[str]:
@@ -403,7 +352,7 @@ def _tool_names(frame: Frame) -> frozenset[str]:
     return frozenset(name for name in names if isinstance(name, str))
 
 
-def new_turn_id() -> str:
+def _new_turn_id() -> str:
     """A turn's name: unique everywhere, and the engine's name for the generation."""
     return f"t-{secrets.token_hex(12)}"
 

@@ -7,16 +7,19 @@ from typing import cast
 
 from tokentape import errors
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
-from tokentape.testing.script import Reply
+from tokentape.testing.script import Reply, Sampled
 from tokentape.types import VersionSpan
+
+_VOCAB_SIZE = 32_000
 
 
 class FakeEngine:
     """An `engines.base.Engine` that answers what it is told, in order, then what `responder` says.
 
     An item of the script is a `Reply`, or an error to raise; one with `num_tokens` set is raised after that
-    many tokens of the responder's reply. A stream yields one token per chunk. `requests` are those received,
-    `aborted` the rids of those that were left before their end.
+    many tokens of the responder's reply. A stream yields one token per chunk. `num_top_logprobs` is answered
+    with `pseudo_top`, of a vocabulary of 32,000 ids. `requests` are those received, `aborted` the rids of
+    those that were left before their end.
     """
 
     def __init__(
@@ -56,7 +59,11 @@ class FakeEngine:
                 await asyncio.sleep(reply.delay_s * step)
                 if error is not None and start >= num_good:
                     break
-                yield TokenChunk(ids[start : start + step], logprobs[start : start + step])
+                yield TokenChunk(
+                    ids[start : start + step],
+                    logprobs[start : start + step],
+                    _top(sampled, range(start, min(start + step, len(ids))), request.num_top_logprobs),
+                )
             ended = True
             if error is not None:
                 raise error
@@ -79,3 +86,9 @@ class FakeEngine:
     async def aclose(self) -> None:
         """Remember that it was closed."""
         self.closed = True
+
+
+def _top(sampled: Sampled, places: range, num: int) -> list[list[tuple[int, float]]] | None:
+    if not num:
+        return None
+    return cast("list[list[tuple[int, float]]]", [sampled.top(at, num, _VOCAB_SIZE) for at in places])

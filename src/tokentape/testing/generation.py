@@ -49,6 +49,11 @@ class ReceivedRequest:
         """Whether a stream was asked for."""
         return bool(self.body.get("stream"))
 
+    @property
+    def num_top_logprobs(self) -> int:
+        """How many likeliest tokens were asked for beside each sampled one."""
+        return self.body.get("top_logprobs_num") or 0
+
 
 class Generation:
     """One running generation: the events that the real server would send, and the fault that spoils them."""
@@ -64,6 +69,7 @@ class Generation:
         version: str,
         incremental: bool,
         tokenizer: Tokenizer | None,
+        vocab_size: int,
     ) -> None:
         self._received = received
         self._reply = reply
@@ -73,6 +79,7 @@ class Generation:
         self._version = version
         self._incremental = incremental and received.stream
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
 
     @property
     def _fault_at(self) -> int:
@@ -170,6 +177,11 @@ class Generation:
                 "output_token_logprobs": triples,
                 "output_token_logprobs_length": end,
             }
+            if self._received.num_top_logprobs:
+                num = self._received.num_top_logprobs
+                places = [self._sampled.top(at, num, self._vocab_size) for at in range(start, end)]
+                tops = [[[logprob, i, None] for i, logprob in place] for place in places]
+                meta |= {"input_top_logprobs": [], "output_top_logprobs": tops}
         meta |= {"reasoning_tokens": 0, "completion_tokens": end, "cached_tokens": self._num_cached}
         if finish is not None:
             spans = self._reply.versions or [(self._version, 0, end)]
@@ -179,6 +191,23 @@ class Generation:
         if self._fault is not None:
             self._fault.spoil(answer, last=finish is not None)
         return answer
+
+
+async def refuse_constraint(http: web.Request, received: ReceivedRequest, message: str) -> web.StreamResponse:
+    """How SGLang refuses a grammar: it has taken the request in, and ends it as an abort with a status.
+
+    When streaming, that event has a token which was sampled for nobody, without a log-probability (observed).
+    """
+    if not received.stream:
+        return json_answer(400, {"error": {"message": message}})
+    finish = {"type": "abort", "message": message, "status_code": 400, "err_type": "BadRequestError"}
+    meta = {"id": received.rid, "finish_reason": finish, "prompt_tokens": 1, "completion_tokens": 1}
+    meta |= {"input_token_logprobs": [], "output_token_logprobs": [], "output_token_logprobs_length": 0}
+    response = await open_stream(http)
+    event = to_event({"text": "?", "output_ids": [0], "meta_info": meta})
+    await response.write(event + b"data: [DONE]\n\n")
+    await response.write_eof()
+    return response
 
 
 def json_answer(status: int, body: object) -> web.Response:

@@ -1,5 +1,6 @@
 """What a fake engine answers: completions, and faults that spoil them."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -13,6 +14,7 @@ FaultKind: TypeAlias = Literal[
     "no_done",
     "die",
     "abort",
+    "grammar",
     "not_json",
     "missing",
     "wrong_count",
@@ -27,6 +29,15 @@ def pseudo_logprob(token_id: int, position: int) -> float:
     It depends on both, so that a test notices log-probabilities that were swapped, shifted or defaulted.
     """
     return -((token_id * 7919 + position * 104_729 + 1) % 9973 + 1) / 1000
+
+
+def pseudo_top(token_id: int, position: int, num: int, vocab_size: int) -> list[tuple[int, float]]:
+    """The `num` likeliest tokens (id, nats), best first, that a fake reports where it sampled `token_id`.
+
+    They are that token and those that follow it in the vocabulary, each with its `pseudo_logprob` there.
+    """
+    ids = [(token_id + n) % vocab_size for n in range(num)]
+    return sorted(((i, pseudo_logprob(i, position)) for i in ids), key=lambda pair: -pair[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,12 @@ class Sampled:
     finish: Literal["stop", "length"]
     matched: int | str | None
 
+    def top(self, at: int, num: int, vocab_size: int) -> list[tuple[int, float | None]]:
+        """`pseudo_top` of the token at `at`, whose own log-probability is the one it was sampled with."""
+        pairs: dict[int, float | None] = dict(pseudo_top(self.ids[at], at, num, vocab_size))
+        pairs[self.ids[at]] = self.logprobs[at]
+        return sorted(pairs.items(), key=lambda pair: -math.inf if pair[1] is None else -pair[1])
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -89,6 +106,8 @@ class Fault:
     - `no_done`: the whole stream, but for [DONE].
     - `die`: the server resets every connection and refuses new ones, as on an id outside the vocabulary.
     - `abort`: finish_reason abort behind `after` tokens, with `status` (null) and `message`.
+    - `grammar`: the constraint is refused with `message`: 400, or when streaming a 200 whose only event has
+      finish_reason abort and, as from the real server, a token that was never sampled for this request.
     - `not_json`: a 200 with `body`, else some HTML.
     - `missing`: the answer, every event of it, lacks `field` (dotted: `meta_info.cached_tokens`).
     - `wrong_count`: completion_tokens is one too high.

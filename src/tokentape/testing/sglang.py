@@ -13,39 +13,20 @@ from typing import Self, cast
 from aiohttp import web
 from tokenizers import Tokenizer
 
+from tokentape.testing.checks import GrammarRefusedError, RefusedError, check
 from tokentape.testing.generation import (
     Generation,
     ReceivedRequest,
     json_answer,
     open_stream,
+    refuse_constraint,
     reset,
     scripted_answer,
     to_event,
 )
 from tokentape.testing.script import Fault, Reply
 
-_SAMPLING_PARAMS = (
-    *("max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k", "min_p"),
-    *("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "json_schema"),
-    *(
-        "regex",
-        "ebnf",
-        "structural_tag",
-        "ignore_eos",
-        "skip_special_tokens",
-        "spaces_between_special_tokens",
-    ),
-    *("no_stop_trim", "stream_interval", "logit_bias", "sampling_seed", "custom_params"),
-)
 _MAX_REMEMBERED = 256  # sequences in the pretended prefix cache
-
-
-class _RefusedError(Exception):
-    """A 400 with SGLang's words; inside a 200 when a stream was asked for, unless `early`."""
-
-    def __init__(self, message: str, *, early: bool = False) -> None:
-        super().__init__(message)
-        self.early = early
 
 
 class FakeSGLang:
@@ -56,8 +37,10 @@ class FakeSGLang:
     items in the order of their arrival.
 
     It refuses what the real server refuses, in its words: no or empty `input_ids`, unknown or bad sampling
-    parameters, a `rid` that is running, a prompt (plus `max_new_tokens`) beyond `context_length`. An id
-    outside `vocab_size` kills it, as it does the real one. `/abort_request` ends a running request with its
+    parameters, a `rid` that is running, a prompt (plus `max_new_tokens`) beyond `context_length`, a
+    constraint that is no JSON. An id outside `vocab_size` kills it, as it does the real one, and so does a
+    `top_logprobs_num` beyond it. Constraints and `logit_bias` are recorded, not obeyed; `top_logprobs_num` is
+    answered with `pseudo_top`. `/abort_request` ends a running request with its
     partial ids, and every other whose rid begins with the same text (observed on the real one). Stop strings
     are not looked for.
 
@@ -89,7 +72,6 @@ class FakeSGLang:
         self._script: deque[Reply | Fault] = deque()
         self._running: dict[str, ReceivedRequest] = {}
         self._seen: deque[array[int]] = deque(maxlen=_MAX_REMEMBERED)
-        self._connections: set[asyncio.Transport] = set()
         self._port = 0
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
@@ -135,8 +117,10 @@ class FakeSGLang:
         if self._site is not None:
             site, self._site = self._site, None
             await site.stop()
-        for transport in tuple(self._connections):
-            transport.abort()
+        server = self._runner.server if self._runner is not None else None
+        for connection in server.connections if server is not None else ():
+            if isinstance(connection.transport, asyncio.Transport):
+                connection.transport.abort()
         self._seen.clear()
 
     async def aclose(self) -> None:
@@ -164,20 +148,22 @@ class FakeSGLang:
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         transport = cast("asyncio.Transport", http.transport)
-        self._connections.add(transport)
         raw = await http.read()
         try:
             received = ReceivedRequest(raw, json.loads(raw), dict(http.headers))
-        except ValueError:
+        except (ValueError, RecursionError):
             return json_answer(
                 400, {"object": "error", "message": "1 validation error:\n  {'type': 'json_invalid'}"}
             )
         self.requests.append(received)
         try:
-            max_tokens = self._check(received)
-        except _RefusedError as refused:
+            max_tokens = check(received, self._running, self.vocab_size, self.context_length)
+        except RefusedError as refused:
             return await self._refuse(http, received, str(refused), early=refused.early)
-        if not all(0 <= i < self.vocab_size for i in (min(received.input_ids), max(received.input_ids))):
+        except GrammarRefusedError as refused:
+            return await refuse_constraint(http, received, str(refused))
+        ids = received.input_ids
+        if min(ids) < 0 or max(*ids, received.num_top_logprobs - 1) >= self.vocab_size:
             return await self._die(transport)
         self._running[received.rid] = received
         try:
@@ -187,41 +173,6 @@ class FakeSGLang:
             raise
         finally:
             self._running.pop(received.rid, None)
-            self._connections.discard(transport)
-
-    def _check(self, received: ReceivedRequest) -> int:
-        """`max_new_tokens`, when the real server would accept the request."""
-        body, params = received.body, received.sampling_params
-        if "input_ids" not in body:
-            raise _RefusedError("Either text, input_ids or input_embeds should be provided.")
-        if not isinstance(body["input_ids"], list):
-            what = "1 validation error:\n  {'type': 'value_error', 'loc': ('body', 'input_ids')}"
-            raise _RefusedError(what, early=True)
-        if not received.input_ids:
-            raise _RefusedError("input_ids cannot be empty.")
-        unknown = next((name for name in params if name not in _SAMPLING_PARAMS), None)
-        if unknown is not None:
-            names = ", ".join(f"`{name}`" for name in _SAMPLING_PARAMS)
-            raise _RefusedError(f"unknown field `{unknown}`, expected one of {names}", early=True)
-        if received.rid in self._running:
-            raise _RefusedError(f"Duplicate request ID detected: {received.rid}")
-        num_prompt, context = len(received.input_ids), self.context_length
-        max_tokens = int(params.get("max_new_tokens", min(128, max(context - num_prompt, 0))))
-        if max_tokens < 0:
-            raise _RefusedError(f"max_new_tokens must be at least 0, got {max_tokens}.")
-        if (temperature := params.get("temperature", 1.0)) < 0:
-            raise _RefusedError(f"temperature must be a non-negative finite number, got {temperature}.")
-        if num_prompt >= context:
-            what = f"longer than the model's context length ({context} tokens)."
-            raise _RefusedError(f"The input ({num_prompt} tokens) is {what}")
-        if (total := num_prompt + max_tokens) > context:
-            raise _RefusedError(
-                f"Requested token count exceeds the model's maximum context length of {context} tokens. "
-                f"You requested a total of {total} tokens: {num_prompt} tokens from the input messages and "
-                f"{max_tokens} tokens for the completion. Please reduce the number of tokens in the input "
-                "messages or the completion to fit within the limit."
-            )
-        return max_tokens
 
     async def _answer(
         self, http: web.Request, received: ReceivedRequest, max_tokens: int
@@ -236,6 +187,8 @@ class FakeSGLang:
                 return reset(http)
             if fault.kind in ("status", "not_json"):
                 return scripted_answer(fault)
+            if fault.kind == "grammar":
+                return await refuse_constraint(http, received, fault.message)
         sampled = reply.sample(max_tokens, received.sampling_params.get("stop_token_ids") or ())
         generation = Generation(
             received,
@@ -246,6 +199,7 @@ class FakeSGLang:
             version=self.weight_version,
             incremental=self.incremental,
             tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
         )
         self._remember(array("q", [*received.input_ids, *sampled.ids[:-1]]))
         if received.stream:
@@ -277,7 +231,7 @@ class FakeSGLang:
             await response.write(to_event({"error": error}) + b"data: [DONE]\n\n")
             await response.write_eof()
             return response
-        if message.startswith("unknown field"):
+        if message.startswith(("unknown field", "invalid type")):
             return json_answer(400, {"error": message})
         if early:
             return json_answer(

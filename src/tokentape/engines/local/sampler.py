@@ -1,9 +1,10 @@
 """Logits → one token per row, with the log-probability it had under the temperature-scaled distribution.
 
-The log-probability is taken before top-k, top-p and min-p cut the distribution, as SGLang does; greedy rows
-are not scaled at all. A token is drawn by inverting the cumulative distribution at one uniform number per
-row, a hash of the row's seed and the token's position: nothing of a draw depends on which other rows share
-the batch, and a generation that is retracted and resumed draws as if it had not been.
+The log-probability is taken after penalties and `logit_bias`, and before top-k, top-p and min-p cut the
+distribution, as SGLang does; greedy rows are not scaled at all. A token is drawn by inverting the cumulative
+distribution at one uniform number per row, a hash of the row's seed and the token's position: nothing of a
+draw depends on which other rows share the batch, and a generation that is retracted and resumed draws as if
+it had not been.
 """
 
 import hashlib
@@ -92,8 +93,12 @@ class Sampled:
 
 
 def top_pairs(logprobs: Tensor, num: int) -> list[tuple[float, int]]:
-    """The `num` largest of float[V] as pairs of log-probability and id, largest first."""
+    """The `num` largest of float[V] as pairs of log-probability and id, largest first.
+
+    An impossible token has the float minimum, as from SGLang: JSON has no infinity.
+    """
     values, ids = logprobs.topk(min(num, logprobs.shape[-1]))
+    values = values.clamp(min=torch.finfo(values.dtype).min)
     return list(zip(floats(values), ints(ids), strict=True))
 
 

@@ -23,6 +23,7 @@ from tokentape.engines.server.requests import (
     SamplingParams,
     UnknownParamError,
     check_prompt,
+    check_top,
     decode_body,
     parse_fields,
     parse_input_ids,
@@ -254,6 +255,7 @@ class _Routes:
         facts = self._engine.facts
         raw = body.get("sampling_params")
         params = parse_params(raw, facts.vocab_size)
+        check_top(fields.top_logprobs_num, facts.vocab_size)
         if ids is None:
             text = body.get("text")
             if text is None:

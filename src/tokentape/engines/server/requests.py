@@ -253,7 +253,11 @@ def decode_body(raw: bytes) -> dict[str, Any]:
     """A JSON object, or `BadBodyError` in the words that SGLang's validation would use."""
     try:
         body: Any = msgspec.json.decode(raw or b"{}")
-    except msgspec.DecodeError as error:
+    except (
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+        RecursionError,
+    ) as error:  # RecursionError: nested too deep
         raise BadBodyError(
             "{'type': 'json_invalid', 'loc': ('body', 0), 'msg': 'JSON decode error', 'input': {}, "
             f"'ctx': {{'error': {str(error)!r}}}}}"
@@ -312,7 +316,7 @@ def parse_input_ids(value: object) -> list[int] | None:
         what = f"must be list or null; got {type(value).__name__}"
         raise BadBodyError(
             f"{{'type': 'value_error', 'loc': ('body', 'input_ids'), 'msg': 'Value error, {what}', "
-            f"'input': {value!r}, 'ctx': {{'error': ValueError({what!r})}}}}"
+            f"'ctx': {{'error': ValueError({what!r})}}}}"
         )
     if value and isinstance(value[0], list):
         raise RequestError(
@@ -324,6 +328,16 @@ def parse_input_ids(value: object) -> list[int] | None:
         raise BadBodyError(
             f"{{'type': 'value_error', 'loc': ('body', 'input_ids'), 'msg': {str(error)!r}}}"
         ) from error
+
+
+def check_top(num: int, vocab_size: int) -> None:
+    """Raise `RequestError` when more likeliest tokens are asked for than there are."""
+    if num > vocab_size:
+        raise RequestError(
+            f"top_logprobs_num is {num}, more than the vocabulary has ({vocab_size}). "
+            "A real SGLang server dies of this.",
+            param="top_logprobs_num",
+        )
 
 
 def check_prompt(ids: list[int], max_new_tokens: int | None, *, vocab_size: int, context_length: int) -> None:

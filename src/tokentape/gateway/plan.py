@@ -1,0 +1,201 @@
+"""What the engine is to be sent for a request: attach → extend, or render; and how to sample."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from tokentape.constrain import constrain
+from tokentape.errors import ContextOverflow, RequestError
+from tokentape.formats import Format
+from tokentape.gateway.exchange import TurnRequest
+from tokentape.gateway.sessions import Session
+from tokentape.render import Ended, NotExtendable, Rendered, Renderer
+from tokentape.tape import Turn, prompt_after
+from tokentape.tree import Attachment, Known, MessageKey, keys_of
+from tokentape.types import Message, Prompt, Sampling
+from tokentape.volatile import Superseded, Volatile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A turn before it is sampled.
+
+    `parent` is None where the prompt had to be rendered whole; `reason` then says why if the template is to
+    blame. `new` are the messages that `rendered` renders, `keys` theirs. `sampling` is the engine's, `stop`
+    the caller's own stop strings. `reasoning_open`: the prompt ends inside a thought.
+    """
+
+    parent: Turn | None
+    reason: str | None
+    new: tuple[Message, ...]
+    keys: Sequence[MessageKey]
+    rendered: Rendered
+    prompt: Prompt
+    sampling: Sampling
+    stop: tuple[str, ...]
+    reasoning_open: bool
+    superseded: tuple[Superseded, ...]
+
+
+class Planner:
+    """Plans turns of any session.
+
+    `context_length` in tokens bounds prompt plus completion; None: only the engine knows it. `end_ids` are
+    the tokens that may end a turn. `default_max_tokens` holds where neither the request, the session, nor the
+    context says how much to sample.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        format: Format,  # noqa: A002  # the field's word
+        volatile: Volatile,
+        *,
+        context_length: int | None,
+        end_ids: frozenset[int],
+        default_max_tokens: int,
+    ) -> None:
+        self.context_length = context_length
+        self._renderer = renderer
+        self._format = format
+        self._volatile = volatile
+        self._end_ids = end_ids
+        self._default_max_tokens = default_max_tokens
+
+    def plan(self, session: Session, request: TurnRequest) -> Plan:
+        """Find what the request continues, what its prompt is, and how to sample.
+
+        Raises:
+            RequestError: it cannot be served; the session is unchanged.
+        """
+        budget = session.budget(request.num_choices)
+        plan = self._joined(session, request)
+        sampling = _merged(session.record.sampling, request.sampling)
+        stop = sampling.stop
+        if request.demand is not None:
+            wanted = constrain(
+                request.demand, self._format, request.frame.tools, reasoning_open=plan.reasoning_open
+            )
+            sampling = _merged(sampling, wanted)
+        if request.single_call and request.parse_calls and self._format.calls is not None:
+            # The engine stops behind the first call: what would follow is never sampled, nothing is masked.
+            sampling = replace(sampling, stop=(*stop, self._format.calls.close))
+        num_prompt = len(plan.prompt)
+        sampling = replace(sampling, max_tokens=self._max_tokens(sampling, request, num_prompt, budget))
+        return dataclasses.replace(plan, sampling=sampling, stop=stop)
+
+    def count(self, session: Session, request: TurnRequest) -> int:
+        """How many tokens the prompt would have.
+
+        Raises:
+            RequestError: the request cannot be served.
+        """
+        return len(self._joined(session, request).prompt)
+
+    def _joined(self, session: Session, request: TurnRequest) -> Plan:
+        try:
+            return self._join(session, request)
+        except RecursionError:
+            raise RequestError("tools or tool-call arguments are nested too deep", param="messages") from None
+
+    def _join(self, session: Session, request: TurnRequest) -> Plan:
+        keys = keys_of(request.messages)
+        attachment = session.tree.attach(request.frame_key, keys)
+        new = tuple(known.message for known in request.messages[attachment.num_matched :])
+        parent = attachment.path[-1] if attachment.path else None
+        reason = None
+        if parent is not None:
+            new = _with_recorded_ids(new, keys[attachment.num_matched :], parent)
+            # An ordinary token that stopped the engine (`stop_token_ids`) ends no turn of the template's.
+            stop_id = parent.stop_id if parent.stop_id in self._end_ids else None
+            ended = Ended(parent.reply, stop_id, parent.in_reasoning)
+            rendered = self._renderer.extend(request.frame, attachment.before, ended, new)
+            if isinstance(rendered, NotExtendable):
+                log.info(
+                    "session %s: new branch: %s (%s)", session.session_id, rendered.reason, rendered.detail
+                )
+                reason = rendered.reason.value
+                new, parent = (*_recorded(attachment), *new), None
+                rendered = self._renderer.render(request.frame, new)
+        else:
+            rendered = self._renderer.render(request.frame, new)
+        tags = self._format.reasoning
+        return Plan(
+            parent=parent,
+            reason=reason,
+            new=new,
+            keys=keys[attachment.num_matched :] if parent is not None else keys,
+            rendered=rendered,
+            prompt=prompt_after(attachment.path if parent is not None else (), rendered.run),
+            sampling=Sampling(),
+            stop=(),
+            reasoning_open=tags is not None and rendered.tail.rstrip().endswith(tags.open),
+            superseded=self._superseded(request.messages[: attachment.num_matched], attachment),
+        )
+
+    def _superseded(self, matched: Sequence[Known], attachment: Attachment) -> tuple[Superseded, ...]:
+        """The volatile texts that the recorded prompt does not have as the request asks for them."""
+        if not any(known.volatile for known in matched):
+            return ()
+        pairs = zip(_recorded(attachment), matched, strict=True)
+        return tuple(
+            difference
+            for recorded, known in pairs
+            if known.volatile
+            for difference in self._volatile.superseded(recorded.content or "", known.message.content or "")
+        )
+
+    def _max_tokens(
+        self, sampling: Sampling, request: TurnRequest, num_prompt: int, budget: int | None
+    ) -> int:
+        """A definite number of tokens to sample.
+
+        Raises:
+            ContextOverflow: the prompt, or prompt + `max_tokens`, does not fit.
+        """
+        asked = sampling.max_tokens
+        room = None if self.context_length is None else self.context_length - num_prompt
+        if room is not None and room < (1 if request.clamp else asked or 1):
+            also = f" and {asked} in the completion" if asked else ""
+            raise ContextOverflow(
+                f"This model's maximum context length is {self.context_length} tokens. However, your request "
+                f"has {num_prompt} tokens in the messages{also}. Please reduce the length of the messages "
+                "or completion.",
+                num_prompt_tokens=num_prompt,
+                context_length=self.context_length,
+            )
+        limits = [n for n in (asked, budget, room) if n is not None]
+        if asked is None and room is None:
+            limits.append(self._default_max_tokens)
+        return min(limits)
+
+
+def _merged(first: Sampling, second: Sampling) -> Sampling:
+    """`second` over `first`: what it does not give stays."""
+    given = {f: getattr(second, f) for f in Sampling.__struct_fields__}
+    return replace(first, **{f: value for f, value in given.items() if value not in (None, ())})
+
+
+def _recorded(attachment: Attachment) -> list[Message]:
+    """The matched messages as they were recorded: with the reasoning that the agent did not replay."""
+    return [message for turn in attachment.path for message in (*turn.messages, turn.reply)]
+
+
+def _with_recorded_ids(
+    new: tuple[Message, ...], keys: Sequence[MessageKey], parent: Turn
+) -> tuple[Message, ...]:
+    """Tool results under the recorded ids of the calls: agents renumber, templates look up."""
+    calls = parent.reply.tool_calls
+    out: list[Message] = []
+    for position, (message, key) in enumerate(zip(new, keys, strict=True)):
+        if message.role == "assistant":  # what follows answers that message's calls
+            return (*out, *new[position:])
+        if message.role == "tool" and 0 <= key.ordinal < len(calls):
+            message = replace(message, tool_call_id=calls[key.ordinal].id)
+        out.append(message)
+    return tuple(out)
