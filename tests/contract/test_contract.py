@@ -6,47 +6,18 @@ answers have in common.
 
 import asyncio
 import contextlib
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contract import Contracted
+from contract import PROMPT, Contracted, body, both_ways, client_of, events
 from recording import converse
 from tokentape.engines.base import GenerateRequest, GenerateResult, TokenChunk
-from tokentape.engines.sglang import SGLangConfig, SGLangEngine
+from tokentape.engines.sglang import SGLangEngine
 from tokentape.errors import ContextOverflow, EngineAborted, EngineRejected, TokentapeError
-from tokentape.model import model_sizes
 from tokentape.types import Prompt, Sampling
-
-PROMPT = [40, 41, 42, 43, 44, 45, 46, 47]
-ON: dict[str, Any] = {"temperature": 1.0, "ignore_eos": True}
-
-both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-
-
-def body(
-    max_new_tokens: int = 8, /, *, prompt: list[int] = PROMPT, stream: bool = False, **params: Any
-) -> Any:
-    return {
-        "input_ids": prompt,
-        "sampling_params": {"max_new_tokens": max_new_tokens, **ON, **params},
-        "return_logprob": True,
-        "stream": stream,
-    }
-
-
-async def events(engine: Contracted, request: Any) -> list[Any]:
-    """The decoded events of a stream, [DONE] checked and left out."""
-    async with engine.http.post(f"{engine.url}/generate", json=request) as response:
-        assert response.status == 200
-        assert response.content_type == "text/event-stream"
-        lines = [line.strip() async for line in response.content if line.strip()]
-    assert all(line.startswith(b"data: ") for line in lines)
-    assert lines[-1] == b"data: [DONE]"
-    return [json.loads(line[6:]) for line in lines[:-1]]
 
 
 def check(answer: Any, *, num_prompt: int, num_sampled: int) -> None:
@@ -224,14 +195,6 @@ async def test_the_weight_version_shows(engine: Contracted) -> None:
 
 
 # -- through the client
-
-
-@contextlib.asynccontextmanager
-async def client_of(engine: Contracted) -> Any:
-    vocab_size = model_sizes(engine.model_dir).vocab_size
-    assert vocab_size is not None
-    async with contextlib.aclosing(SGLangEngine(SGLangConfig(engine.url), vocab_size=vocab_size)) as client:
-        yield client
 
 
 async def generate(client: SGLangEngine, request: GenerateRequest) -> tuple[list[int], GenerateResult]:

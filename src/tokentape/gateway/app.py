@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 _OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
+_SESSION = web.RequestKey("session", str)  # whose key the caller has
 _Limit = Annotated[int, Meta(ge=1, le=2**53)] | None
 
 
@@ -119,7 +120,7 @@ def _boundary(gateway: Gateway) -> Any:
     ) -> web.StreamResponse:
         try:
             if gateway.config.api_key is not None and request.path not in _OPEN_ROUTES:
-                _check_key(request, gateway.config.api_key)
+                _authorise(request, gateway.config.api_key)
             return await handler(request)
         except TokentapeError as error:
             if not isinstance(error, EngineError | ClientGone):  # these are counted as failed turns
@@ -155,12 +156,27 @@ def _credential(request: web.Request) -> str | None:
     return request.headers.get("x-api-key")
 
 
-def _check_key(request: web.Request, api_key: str) -> None:
-    given = (_credential(request) or "").encode(errors="surrogateescape")  # the header's own bytes
-    if not hmac.compare_digest(given, api_key.encode()):
-        raise Unauthorized(
-            "a valid API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`"
-        )
+def session_key(session_id: str, api_key: str) -> str:
+    """The key of one session's agent: it opens that session's agent routes and nothing else."""
+    mac = hmac.new(api_key.encode(), session_id.encode(), "sha256").hexdigest()
+    return f"{session_id}.{mac[:32]}"
+
+
+def _authorise(request: web.Request, api_key: str) -> None:
+    """Let in who has the gateway's key; on the agents' routes also who has the session's own."""
+    given = _credential(request) or ""
+    if _equal(given, api_key):
+        return
+    session_id = given.rpartition(".")[0]
+    if "/v1/" in request.path and session_id and _equal(given, session_key(session_id, api_key)):
+        if request.match_info.get("session_id", session_id) == session_id:
+            request[_SESSION] = session_id
+            return
+    raise Unauthorized("a valid API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`")
+
+
+def _equal(given: str, key: str) -> bool:
+    return hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode(errors="surrogateescape"))
 
 
 _T = TypeVar("_T")
@@ -199,7 +215,10 @@ class _Routes:
             deadline_s=body.deadline_s,
         )
         base_url = f"{request.scheme}://{request.host}/sessions/{session.session_id}/v1"
-        return _json({"session_id": session.session_id, "base_url": base_url})
+        out = {"session_id": session.session_id, "base_url": base_url}
+        if self._config.api_key is not None:
+            out["api_key"] = session_key(session.session_id, self._config.api_key)
+        return _json(out)
 
     async def list(self, request: web.Request) -> web.Response:
         try:
@@ -304,13 +323,14 @@ class _Routes:
                     if not response.prepared:
                         await response.prepare(request)
                     await response.write(piece)
+                api.delivered(session, decoded)  # now: Codex hangs up as soon as it has read the last event
                 await response.write_eof()
-                api.delivered(session, decoded)
         return response
 
     async def _session(self, request: web.Request) -> Session:
         """The session of an agent's request: from the path, the header, or the credential."""
-        session_id = request.match_info.get("session_id") or request.headers.get("X-Session-Id")
+        session_id = request.match_info.get("session_id") or request.get(_SESSION)
+        session_id = session_id or request.headers.get("X-Session-Id")
         if session_id is None and self._config.api_key is None:
             session_id = _credential(request)
         if not session_id:

@@ -89,12 +89,14 @@ class Session:
         if self.ending is not None:
             raise self.ending
 
-    def end(self, reason: TokentapeError) -> None:
-        """Take no more turns, and stop those that are being sampled."""
+    async def end(self, reason: TokentapeError) -> None:
+        """Take no more turns, stop those that are being sampled, and wait until that is recorded."""
         self.ending = reason
-        for calls in self.running.values():
-            for call in calls:
-                call.stop()
+        calls = [call for running in self.running.values() for call in running]
+        for call in calls:
+            call.stop()
+        for call in calls:
+            await call.ended()
 
     def cancelled(self) -> TokentapeError:
         """Why a turn of this session was cancelled."""
@@ -259,7 +261,7 @@ class Sessions:
 
     async def _finish(self, session: Session, reward: float | None, metadata: Mapping[str, Any]) -> None:
         if session.record.state == "open":
-            session.end(SessionClosed(f"session {session.session_id!r} is being finished"))
+            await session.end(SessionClosed(f"session {session.session_id!r} is being finished"))
         try:
             await self._finish_ended(session, reward, metadata)
         except TokentapeError:
@@ -297,7 +299,7 @@ class Sessions:
             session = await self._find(session_id)
             if session is None:
                 raise NotFound(f"session {session_id!r} does not exist")
-            session.end(SessionClosed(f"session {session_id!r} is being deleted"))
+            await session.end(SessionClosed(f"session {session_id!r} is being deleted"))
             try:
                 async with session.commit_lock:
                     await self._store.delete(session_id)
