@@ -11,7 +11,7 @@ import logging
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -168,7 +168,7 @@ class SQLiteStore:
     async def put_session(self, record: SessionRecord) -> None:
         """Create the session, or replace its record."""
         row = _row(SESSIONS, record)
-        await self._do(lambda c: c.execute(_PUT_SESSION, row))
+        await self._insert(_PUT_SESSION, [row])
 
     async def put_turns(self, session_id: str, turns: Sequence[Turn]) -> None:
         """Append turns: all of them, or none."""
@@ -176,12 +176,12 @@ class SQLiteStore:
             rows = [turn_to_row(session_id, turn) for turn in turns]
         except (TypeError, ValueError) as error:  # what JSON cannot hold: half a surrogate pair
             raise StoreError(f"turn {turns[0].turn_id} cannot be stored: {error}") from error
-        await self._do(lambda c: c.executemany(_PUT_TURN, rows))
+        await self._insert(_PUT_TURN, rows)
 
     async def put_failure(self, session_id: str, failure: Failure) -> None:
         """Append a failure."""
         row = {"session_id": session_id, **_row(FAILURES[1:], failure)}
-        await self._do(lambda c: c.execute(_PUT_FAILURE, row))
+        await self._insert(_PUT_FAILURE, [row])
 
     async def delete(self, session_id: str) -> None:
         """Remove a session and all that belongs to it."""
@@ -266,6 +266,12 @@ class SQLiteStore:
                 raise ConfigError(
                     "its sessions were recorded with another tokenizer: use another --store for this --model"
                 )
+
+    async def _insert(self, statement: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        def run(connection: sqlite3.Connection) -> None:
+            connection.executemany(statement, rows)  # the cursor dies here: another thread must not free it
+
+        await self._do(run)
 
     async def _do(self, run: Callable[[sqlite3.Connection], T], *, writes: bool = True) -> T:
         if self._closed:
