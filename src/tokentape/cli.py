@@ -4,25 +4,24 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import click
-import pyarrow as pa
 import uvloop
 
 from tokentape import __version__
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError, TokentapeError
-from tokentape.export import samples, write_parquet
+from tokentape.export import stored_samples, write_parquet
 from tokentape.formats import FORMATS
-from tokentape.gateway.app import GatewayConfig
+from tokentape.gateway.parts import GatewayConfig
 from tokentape.gateway.service import ServiceConfig, running
-from tokentape.gateway.sessions import restore
 from tokentape.model import TINY_MODEL
 from tokentape.store import SQLiteStore
+from tokentape.volatile import RULES as VOLATILE
 
 _LEVELS = ("debug", "info", "warning", "error")
 _PORT = click.IntRange(0, 65535)
@@ -126,6 +125,16 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
     show_default=True,
     help="Where the template rewrites earlier turns: start a branch, or preserve what was sampled.",
 )
+@click.option(
+    "--volatile",
+    "volatile",
+    multiple=True,
+    default=("billing-header",),
+    show_default=True,
+    metavar="RULE",
+    help=f"System and user text that does not count when requests are matched: {', '.join(VOLATILE)}, or a "
+    "regular expression; may be repeated. none: every character counts.",
+)
 @click.option("--auto-sessions", is_flag=True, help="Create unknown sessions when they are first used.")
 @click.option("--api-key", envvar="TOKENTAPE_API_KEY", help="Require this key from every caller.")
 @click.option("--engine-api-key", envvar="TOKENTAPE_ENGINE_API_KEY", help="The key that the engine asks for.")
@@ -192,6 +201,7 @@ def serve(
     tool_format: str,
     reasoning_format: str,
     history: Any,
+    volatile: Sequence[str],
     auto_sessions: bool,
     api_key: str | None,
     engine_api_key: str | None,
@@ -218,6 +228,8 @@ def serve(
         raise ConfigError("--api-key is empty: leave it out, or give a key (is its variable set?)")
     if len(engines) > 1:
         raise ConfigError("several --engine URLs are not supported yet: give one, for example a router's")
+    if "none" in volatile and len(volatile) > 1:
+        raise ConfigError("--volatile none goes with no other --volatile")
     config = ServiceConfig(
         model=model,
         engine=SGLangConfig(
@@ -235,6 +247,7 @@ def serve(
         tool_format=tool_format,
         reasoning_format=reasoning_format,
         history=history,
+        volatile=tuple(rule for rule in volatile if rule != "none"),
         auto_sessions=auto_sessions,
         default_max_tokens=max_tokens,
         drain_s=drain_timeout,
@@ -307,29 +320,12 @@ def export(store: Path, out: Path, session_ids: Sequence[str]) -> None:
     async def run() -> int:
         source = SQLiteStore(store, readonly=True)
         try:
-            return await write_parquet(out, _batches(source, session_ids))
+            return await write_parquet(out, stored_samples(source, session_ids))
         finally:
             await source.aclose()
 
     num_rows = uvloop.run(run())
     click.echo(f"{num_rows} samples in {out}")
-
-
-async def _batches(store: SQLiteStore, session_ids: Sequence[str]) -> AsyncGenerator[pa.RecordBatch]:
-    """Samples session by session: one session is in memory at a time."""
-    after = ""
-    wanted = list(session_ids)
-    while True:
-        ids = wanted or [r.session_id for r in await store.list_sessions(state=None, after=after, limit=200)]
-        for session_id in ids:
-            stored = await store.load(session_id)
-            if stored is None:
-                raise ConfigError(f"--session {session_id}: the store has no such session")
-            session = restore(stored)
-            yield samples(session.record, session.tree.tapes())
-        if wanted or not ids:
-            return
-        after = ids[-1]
 
 
 def _log_to_stderr(level: str) -> None:

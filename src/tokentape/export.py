@@ -2,7 +2,7 @@
 
 import contextlib
 from array import array
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from tokentape.errors import ConfigError, InternalError
 from tokentape.schema import SAMPLES, to_json
-from tokentape.store import SessionRecord
-from tokentape.tape import Tape
+from tokentape.store import SessionRecord, Store
+from tokentape.tape import Tape, Turn
+from tokentape.tree import Tree
 from tokentape.types import Json, Message, ToolCall
 
 
@@ -44,6 +45,30 @@ def samples(record: SessionRecord, tapes: Sequence[Tape]) -> pa.RecordBatch:
             case name:
                 columns.append(pa.array([row[name] for row in rows], field.type))
     return pa.RecordBatch.from_arrays(columns, schema=SAMPLES)
+
+
+async def stored_samples(store: Store, session_ids: Sequence[str] = ()) -> AsyncGenerator[pa.RecordBatch]:
+    """The samples of these sessions, or of all in the store; one session is in memory at a time.
+
+    Raises:
+        ConfigError: the store has no such session.
+    """
+    after = ""
+    while True:
+        ids = session_ids or [
+            record.session_id for record in await store.list_sessions(state=None, after=after, limit=200)
+        ]
+        for session_id in ids:
+            stored = await store.load(session_id)
+            if stored is None:
+                raise ConfigError(f"session {session_id}: the store has no such session")
+            tree = Tree(())
+            for turn in stored.turns:
+                tree.commit(turn)
+            yield samples(stored.record, tree.tapes())
+        if session_ids or not ids:
+            return
+        after = ids[-1]
 
 
 def to_json_rows(batch: pa.RecordBatch) -> bytes:
@@ -108,16 +133,16 @@ def _scalars(record: SessionRecord, tape: Tape) -> Json:
     """Everything of a sample that is not per token."""
     path = [span.turn for span in tape.turns]
     leaf = path[-1]
-    reasons = [turn.branch_reason for turn in path if turn.branch_reason is not None]
     metadata = dict(record.metadata)
-    neutralised = {turn.turn_id: turn.neutralised for turn in path if turn.neutralised}
-    if neutralised:
-        metadata["tokentape"] = {"neutralised": neutralised}
+    if notes := _notes(path):
+        metadata["tokentape"] = notes
     conversation = [chat_message(m) for turn in path for m in (*turn.messages, turn.reply)]
     return {
         "session_id": record.session_id,
         "sample_id": leaf.turn_id,
-        "branch_reason": reasons[-1],
+        "branch_reason": tape.branch_reason,
+        "label": tape.label.name,
+        "label_by": tape.label.by,
         "weight_versions": [{"version": v.version, "start": v.start, "end": v.end} for v in tape.versions],
         "num_prompt_tokens": tape.num_prompt_tokens,
         "turns": [
@@ -128,6 +153,7 @@ def _scalars(record: SessionRecord, tape: Tape) -> Json:
                 "finish_reason": span.turn.finish_reason,
                 "trained": span.trained,
                 "parse_status": span.turn.parse_status,
+                "label": span.label.name,
             }
             for span in tape.turns
         ],
@@ -138,6 +164,20 @@ def _scalars(record: SessionRecord, tape: Tape) -> Json:
         "sampling": to_json([turn.sampling for turn in path]),
         "metadata": to_json(metadata),
     }
+
+
+def _notes(path: Sequence[Turn]) -> Json:
+    """What happened to the requests of a path, by the turn's id; nothing where nothing did.
+
+    `superseded` texts were asked for where the prompt has other, recorded ones; `ignored` fields had no
+    effect; `neutralised` control tokens are plain text.
+    """
+    notes: Json = {
+        "superseded": {turn.turn_id: turn.superseded for turn in path if turn.superseded},
+        "ignored": {turn.turn_id: turn.origin.ignored for turn in path if turn.origin.ignored},
+        "neutralised": {turn.turn_id: turn.neutralised for turn in path if turn.neutralised},
+    }
+    return {name: note for name, note in notes.items() if note}
 
 
 def _lists(

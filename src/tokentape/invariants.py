@@ -24,6 +24,8 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "session_id": (str,),
     "sample_id": (str,),
     "branch_reason": (str,),
+    "label": (str,),
+    "label_by": (str,),
     "token_ids": (list,),
     "loss_mask": (list,),
     "logprobs": (list,),
@@ -45,6 +47,7 @@ _TURN_TYPES: Mapping[str, type] = {
     "finish_reason": str,
     "trained": bool,
     "parse_status": str,
+    "label": str,
 }
 _JSON_COLUMNS: Mapping[str, type] = {"messages": list, "tools": list, "sampling": list, "metadata": dict}
 
@@ -209,6 +212,13 @@ def _scalars(row: Row) -> Iterator[str]:
         yield f"num_prompt_tokens is {row['num_prompt_tokens']}, the first turn starts at {first['start']}"
     if row["sample_id"] != leaf["turn_id"]:
         yield f"sample_id is not the last turn's id {leaf['turn_id']}"
+    if not row["label"] or not row["label_by"]:
+        yield "label or label_by is empty"
+    if row["label"] != leaf["label"]:
+        yield f"label is {row['label']!r}, the last turn's {leaf['label']!r}"
+    other = next((t for t in row["turns"] if t["trained"] and t["label"] != leaf["label"]), None)
+    if other is not None:
+        yield f"turn {other['turn_id']} is trained here, but its label is {other['label']!r}"
     if row["truncated"] != (leaf["finish_reason"] == "length"):
         yield f"truncated is {row['truncated']}, the last turn's finish_reason {leaf['finish_reason']!r}"
     if row["reward"] is not None and not math.isfinite(row["reward"]):
@@ -257,8 +267,9 @@ def _check_session(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _turn(row: Row, index: int) -> tuple[object, ...]:
-    """What a turn is in every row that holds it: its predecessor, place, outcome, and ids since then."""
+    """What a turn is in every row that holds it: predecessor, place, outcome, label, ids since then."""
     turn = row["turns"][index]
     before = row["turns"][index - 1] if index else {"turn_id": None, "end": 0}
     ids = row["token_ids"][before["end"] : turn["end"]]
-    return before["turn_id"], turn["start"], turn["end"], turn["finish_reason"], turn["parse_status"], ids
+    said = turn["finish_reason"], turn["parse_status"], turn["label"]
+    return before["turn_id"], turn["start"], turn["end"], *said, ids

@@ -89,6 +89,8 @@ SAMPLES = pa.schema(
         pa.field("session_id", pa.string(), nullable=False),
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("branch_reason", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("label_by", pa.string(), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("loss_mask", pa.list_(pa.int8()), nullable=False),
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
@@ -109,6 +111,7 @@ SAMPLES = pa.schema(
                         ("finish_reason", pa.string()),
                         ("trained", pa.bool_()),
                         ("parse_status", pa.string()),
+                        ("label", pa.string()),
                     ]
                 )
             ),

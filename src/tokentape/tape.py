@@ -6,14 +6,43 @@ for a root, the bridge for every other turn) and its completion.
 
 import math
 from array import array
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import msgspec
 
 from tokentape.errors import InternalError
 from tokentape.types import Json, Message, Prompt, Sampling, TokenRun, VersionSpan
 from tokentape.volatile import Superseded
+
+
+class BranchReason(StrEnum):
+    """Why a turn starts a branch. Templates that rewrite history add reasons (`render.Rewrite`)."""
+
+    ROOT = "root"  # the session's first turn
+    NEW_CONVERSATION = "new_conversation"  # no recorded turn is a prefix, and none was meant to be
+    COMPACTED = "compacted"  # it goes on from a recorded reply that was put in the place of the history
+    EDITED_HISTORY = (
+        "edited_history"  # the request replays assistant messages that differ from what was sampled
+    )
+    TOOLS_CHANGED = "tools_changed"
+    ARGUMENTS_CHANGED = "template_arguments_changed"
+    RESAMPLED = "resampled"  # the same request again
+    CHOICE = "choice"  # another choice of the same request (n > 1)
+    FORKED = "forked"  # the turn it continues has been continued otherwise
+    LABEL_CHANGED = "label_changed"  # of samples only: the turn goes on from another's under another label
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Whose turn it is: "main", "subagent", "auxiliary", "compaction", or what the caller says.
+
+    `by` is "caller", "rule:" and the rule's name, or "inferred".
+    """
+
+    name: str
+    by: str
 
 
 class Origin(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -106,6 +135,7 @@ class TurnSpan:
     start: int
     end: int
     trained: bool
+    label: Label
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +154,24 @@ class Tape:
     turns: tuple[TurnSpan, ...]
 
     @property
+    def label(self) -> Label:
+        """The last turn's, and that of every turn that this tape trains."""
+        return self.turns[-1].label
+
+    @property
+    def branch_reason(self) -> str:
+        """Why the tape's last stretch began: the last turn's that has a reason, or that its label changed."""
+        reason = self.turns[0].turn.branch_reason or ""
+        begun = False
+        for span in self.turns:
+            if span.turn.branch_reason is not None:
+                reason = span.turn.branch_reason
+            elif not begun and span.label.name == self.label.name:
+                reason = BranchReason.LABEL_CHANGED.value
+            begun = begun or span.label.name == self.label.name
+        return reason
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Length of the first turn's prompt."""
         return len(self.turns[0].turn.prompt)
@@ -132,8 +180,8 @@ class Tape:
         return len(self.token_ids)
 
 
-def lay_out(path: Sequence[Turn], trained: Container[str]) -> Tape:
-    """The tape of a root-to-leaf path; turns whose id is in `trained` get mask 1 here."""
+def lay_out(path: Sequence[Turn], trained: Container[str], labels: Mapping[str, Label]) -> Tape:
+    """The tape of a path from a root; turns whose id is in `trained` get mask 1 here."""
     ids, mask, logprobs = array("i"), array("b"), array("f")
     versions: list[VersionSpan] = []
     spans: list[TurnSpan] = []
@@ -147,7 +195,7 @@ def lay_out(path: Sequence[Turn], trained: Container[str]) -> Tape:
         logprobs += turn.logprobs if mine else array("f", bytes(4 * (end - start)))
         if mine:
             versions += [VersionSpan(v.version, v.start + start, v.end + start) for v in turn.versions]
-        spans.append(TurnSpan(turn, start, end, mine))
+        spans.append(TurnSpan(turn, start, end, mine, labels[turn.turn_id]))
     return Tape(ids, mask, logprobs, tuple(versions), tuple(spans))
 
 

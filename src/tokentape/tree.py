@@ -9,35 +9,20 @@ of the prompt, so each pair of them has a trie of its own.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, TypeAlias, cast
 
 import msgspec
 
 from tokentape.errors import InternalError
+from tokentape.labels import labels, summary_of, told
 from tokentape.outline import Outline
-from tokentape.tape import Tape, Turn, lay_out
+from tokentape.tape import BranchReason, Label, Tape, Turn, lay_out
 from tokentape.types import Json, Message
-from tokentape.volatile import NOTHING, Volatile
+from tokentape.volatile import NOTHING, Volatile, without
 
 Digest: TypeAlias = bytes
 _Edge: TypeAlias = tuple[Digest, int]
-
-
-class BranchReason(StrEnum):
-    """Why a turn starts a branch. Templates that rewrite history add reasons (`render.Rewrite`)."""
-
-    ROOT = "root"  # the session's first turn
-    NEW_CONVERSATION = "new_conversation"  # no recorded turn is a prefix, and none was meant to be
-    EDITED_HISTORY = (
-        "edited_history"  # the request replays assistant messages that differ from what was sampled
-    )
-    TOOLS_CHANGED = "tools_changed"
-    ARGUMENTS_CHANGED = "template_arguments_changed"
-    RESAMPLED = "resampled"  # the same request again
-    CHOICE = "choice"  # another choice of the same request (n > 1)
-    FORKED = "forked"  # the turn it continues has been continued otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +31,19 @@ class MessageKey:
 
     `base` is its meaning without reasoning, `reasoning` a digest of that, None without. `ordinal` is the call
     that a tool result answers: its index among the calls of the assistant message before, -1 for none. Of
-    calls that share an id (as where ids are dropped) it is the first without an answer.
+    calls that share an id (as where ids are dropped) it is the first without an answer. `message` is no part
+    of the identity.
     """
 
     base: Digest
     ordinal: int
     reasoning: Digest | None
-    by_assistant: bool
+    message: Message = field(compare=False)
+
+    @property
+    def by_assistant(self) -> bool:
+        """Whether the assistant said it."""
+        return self.message.role == "assistant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +98,16 @@ class Attachment:
 
 def know(message: Message, volatile: Volatile = NOTHING) -> Known:
     """The digests of one message."""
-    content = message.content or ""
-    if message.role == "assistant":
-        content = content.strip()
-    elif message.role != "tool":
-        content = volatile.without(content)
+    content: str | list[str | int] = message.content or ""
+    pieces = volatile.pieces(message)
+    if pieces:
+        content = without(message.content or "", pieces)
+    elif message.role == "assistant":
+        content = (message.content or "").strip()
     calls = [(call.name, _canonical(call.arguments)) for call in message.tool_calls]
     reasoning = (message.reasoning or "").strip() if message.role == "assistant" else ""
     base = _digest((message.role, content, calls, message.name))
-    changed = message.role in ("system", "user") and content != (message.content or "")
-    return Known(message, base, _digest(reasoning) if reasoning else None, changed)
+    return Known(message, base, _digest(reasoning) if reasoning else None, bool(pieces))
 
 
 def keys_of(known: Sequence[Known], *, after: Message | None = None) -> list[MessageKey]:
@@ -125,13 +116,12 @@ def keys_of(known: Sequence[Known], *, after: Message | None = None) -> list[Mes
     waiting = _ids(after) if after is not None else []
     for item in known:
         message, ordinal = item.message, -1
-        by_assistant = message.role == "assistant"
-        if by_assistant:
+        if message.role == "assistant":
             waiting = _ids(message)
         elif message.role == "tool" and (message.tool_call_id or "") in waiting:
             ordinal = waiting.index(message.tool_call_id or "")
             waiting[ordinal] = None
-        keys.append(MessageKey(item.base, ordinal, item.reasoning, by_assistant))
+        keys.append(MessageKey(item.base, ordinal, item.reasoning, message))
     return keys
 
 
@@ -185,13 +175,15 @@ class Tree:
         root = self._roots.get(frame)
         if root is not None and _was_answered(root, keys):
             return BranchReason.RESAMPLED
-        if not any(key.by_assistant for key in keys):
-            return BranchReason.NEW_CONVERSATION
         others = [(self._longest(other, keys)[1], other) for other in self._roots if other != frame]
         num_matched, nearest = max(others, key=lambda found: found[0], default=(0, frame))
-        if not num_matched:
+        if num_matched:
+            return BranchReason.TOOLS_CHANGED if nearest[0] != frame[0] else BranchReason.ARGUMENTS_CHANGED
+        if root is not None and self._is_compacted([key.message for key in keys]):
+            return BranchReason.COMPACTED
+        if any(key.by_assistant for key in keys):
             return BranchReason.EDITED_HISTORY
-        return BranchReason.TOOLS_CHANGED if nearest[0] != frame[0] else BranchReason.ARGUMENTS_CHANGED
+        return BranchReason.NEW_CONVERSATION
 
     def commit(self, turn: Turn) -> None:
         """Append a turn.
@@ -243,21 +235,51 @@ class Tree:
             at = path[-1].parent_id
         return tuple(reversed(path))
 
+    def labels(self) -> dict[str, Label]:
+        """The label of every turn, by its id."""
+        return labels(self.turns())
+
     def branches(self) -> list[tuple[Turn, ...]]:
-        """All root-to-leaf paths, in the order in which their leaves were committed."""
-        return [self.path(node.turn.turn_id) for node in self._nodes.values() if not node.num_children]
+        """Paths from a root, in the order in which their last turns were committed.
+
+        A path ends where none of the turns behind it has its label: at every leaf, and where only others go
+        on, as when the history is summarised in its own line. So each turn is on a path of its own label.
+        """
+        return self._branches(self.labels())
 
     def tapes(self) -> list[Tape]:
-        """All branches laid out. A turn that several share is trained in the longest of them."""
-        branches = self.branches()
-        owner: dict[str, int] = {}
+        """All branches laid out. A turn is trained once: in the longest of those that end with its label."""
+        labels_ = self.labels()
+        branches = self._branches(labels_)
+        trained: list[set[str]] = [set() for _ in branches]
+        owned: set[str] = set()
         for index in sorted(range(len(branches)), key=lambda i: -len(branches[i])):
-            for turn in branches[index]:
-                owner.setdefault(turn.turn_id, index)
-        return [
-            lay_out(path, {turn.turn_id for turn in path if owner[turn.turn_id] == index})
-            for index, path in enumerate(branches)
-        ]
+            name = labels_[branches[index][-1].turn_id].name
+            mine = {t.turn_id for t in branches[index] if labels_[t.turn_id].name == name} - owned
+            trained[index] = mine
+            owned |= mine
+        return [lay_out(path, mine, labels_) for path, mine in zip(branches, trained, strict=True)]
+
+    def _branches(self, labels_: Mapping[str, Label]) -> list[tuple[Turn, ...]]:
+        below: dict[str, set[str]] = {}
+        ends: list[str] = []
+        for turn_id in reversed(self._nodes):  # children before their parents
+            turn, name = self._nodes[turn_id].turn, labels_[turn_id].name
+            behind = below.pop(turn_id, set[str]())
+            if name not in behind:
+                ends.append(turn_id)
+            if turn.parent_id is not None:
+                below.setdefault(turn.parent_id, set()).update(behind, (name,))
+        return [self.path(turn_id) for turn_id in reversed(ends)]
+
+    def _is_compacted(self, messages: Sequence[Message]) -> bool:
+        """Whether system or user quote a reply that nothing follows; the first to speak is so elsewhere."""
+        roots = [n.turn for n in self._nodes.values() if n.turn.parent_id is None]
+        if not any(root.messages[0].role == messages[0].role for root in roots if root.messages):
+            return False
+        text = told(messages)
+        ends = [n.turn for n in self._nodes.values() if not n.num_children]
+        return any(summary in text for turn in ends if (summary := summary_of(turn)))
 
     def _longest(self, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]) -> tuple[Turn | None, int]:
         root = self._roots.get(frame)

@@ -1,25 +1,42 @@
-"""Text that agents change from request to request without meaning it: billing headers, the time of day.
+"""Text that agents change from request to request without meaning it: billing headers, today's date.
 
-A rule names a piece of system or user text. Such pieces do not count when a request is matched against what
-is recorded: the request continues the recorded turn, whose prompt keeps the text that it was sampled with. No
-token is ever changed; what the request asked for instead is recorded with the turn.
+A rule finds such pieces in system and user text; what the assistant said and what tools returned counts to
+the letter. Pieces do not count when a request is matched against what is recorded: the request continues the
+recorded turn, whose prompt keeps the text that it was sampled with. No token is ever changed; what the
+request asked for instead is recorded with the turn.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import msgspec
 
 from tokentape.errors import ConfigError
+from tokentape.types import Message
+
+# Claude Code's first system block. `cch` may be a checksum of the request, the version's last part is a hash
+# of the first user message. What says who speaks (`cc_is_subagent=true;`) comes after these and counts.
+_BILLING = r"\Ax-anthropic-billing-header:((?: (?:cc_version|cc_entrypoint|cch|cc_workload)=[^;\s]*;)+)"
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
+_DAY = r"\d{1,2}(?:st|nd|rd|th)?"
+_WEEKDAY = r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]{0,6},? )?"
+_CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?: ?[ap]m)?(?: ?(?:z|utc|gmt|[+-]\d{2}:?\d{2}))?"
+_DATE = (
+    rf"(?:{_WEEKDAY}(?:\d{{4}}[-/]\d{{1,2}}[-/]\d{{1,2}}|\d{{1,2}}[-/.]\d{{1,2}}[-/.]\d{{4}}"
+    rf"|{_MONTH} {_DAY},? \d{{4}}|{_DAY} {_MONTH},? \d{{4}})(?:(?:t|,? (?:at )?){_CLOCK})?\b|{_CLOCK}\b)"
+)
+_TODAY = r"\b(?:today|today's date|(?:current|local) (?:date|time|date and time|datetime))(?: is)?:? "
 
 RULES: Mapping[str, str] = {
-    "billing-header": r"x-anthropic-billing-header:[^\n]*",
-    "date": r"(?i)\b(?:today(?:'s date)?|current date(?: and time)?|date|time)(?: is)?: ?[^\n]*\d[^\n]*",
+    "billing-header": _BILLING,
+    "date": rf"(?i)(?:{_TODAY}|<current_(?:date|time)>)({_DATE})",
 }
-"""The rules that have a name: a regular expression each."""
+"""The rules that have a name. A pattern's group, where it has one, is the piece; else all that it matches."""
 
-_MARK = "\ufdd0"  # no character: what a rule leaves behind cannot be written by anybody
+Piece: TypeAlias = tuple[int, int, int]
+"""The rule's number, and where the piece starts and ends."""
 
 
 class Superseded(msgspec.Struct, frozen=True):
@@ -32,7 +49,7 @@ class Superseded(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Volatile:
-    """Rules: pairs of a name and a pattern."""
+    """Rules: pairs of a name and a pattern. Of pieces that overlap the first counts."""
 
     rules: tuple[tuple[str, re.Pattern[str]], ...] = ()
 
@@ -41,10 +58,12 @@ class Volatile:
         """Rules by name, or as regular expressions.
 
         Raises:
-            ConfigError: one is neither, or matches the empty text.
+            ConfigError: one is neither, matches the empty text, or has more than one group.
         """
         compiled: list[tuple[str, re.Pattern[str]]] = []
         for rule in rules:
+            if rule not in RULES and re.fullmatch(r"[\w-]+", rule):  # a word never changes: a name misspelt
+                raise ConfigError(f"--volatile {rule!r} is no rule's name: {', '.join(RULES)}")
             try:
                 pattern = re.compile(RULES.get(rule, rule))
             except re.error as error:
@@ -52,32 +71,55 @@ class Volatile:
                     f"--volatile {rule!r} is neither a rule's name ({', '.join(RULES)}) nor a regular "
                     f"expression: {error}"
                 ) from None
-            if pattern.match("") is not None:
+            if pattern.search("") is not None:
                 raise ConfigError(f"--volatile {rule!r} matches the empty text")
+            if pattern.groups > 1:
+                raise ConfigError(
+                    f"--volatile {rule!r} has {pattern.groups} groups: at most one is the piece"
+                )
             compiled.append((rule, pattern))
         return cls(tuple(compiled))
 
-    def without(self, text: str) -> str:
-        """The text as it is matched: every volatile piece replaced by one and the same mark."""
-        for _, pattern in self.rules:
-            text = pattern.sub(_MARK, text)
-        return text
+    def pieces(self, message: Message) -> list[Piece]:
+        """The volatile pieces of a message in their order; none in what was sampled or a tool returned."""
+        if message.role not in ("system", "user") or not message.content:
+            return []
+        found: list[Piece] = []
+        end = 0
+        for piece in sorted(self._found(message.content), key=lambda piece: (piece[1], piece[0])):
+            if piece[1] >= end:
+                found.append(piece)
+                end = piece[2]
+        return found
 
-    def superseded(self, recorded: str, asked: str) -> list[Superseded]:
-        """How two texts differ that are the same without their volatile pieces."""
-        if recorded == asked:
+    def superseded(self, recorded: Message, asked: Message) -> list[Superseded]:
+        """How two messages differ that are the same without their volatile pieces."""
+        old, new = recorded.content or "", asked.content or ""
+        if old == new:
             return []
         return [
-            Superseded(rule, old, new)
-            for rule, pattern in self.rules
-            for old, new in zip(_pieces(pattern, recorded), _pieces(pattern, asked), strict=False)
-            if old != new
+            Superseded(self.rules[rule][0], old[a:b], new[c:d])
+            for (rule, a, b), (_, c, d) in zip(self.pieces(recorded), self.pieces(asked), strict=True)
+            if old[a:b] != new[c:d]
         ]
+
+    def _found(self, text: str) -> Iterator[Piece]:
+        for number, (_, pattern) in enumerate(self.rules):
+            for match in pattern.finditer(text):
+                start, end = match.span(pattern.groups)
+                if start < end:  # a group that took no part, or nothing, is no piece
+                    yield number, start, end
 
 
 NOTHING = Volatile()
 """No rule: every character counts."""
 
 
-def _pieces(pattern: re.Pattern[str], text: str) -> list[str]:
-    return [match[0] for match in pattern.finditer(text)]
+def without(text: str, pieces: Sequence[Piece]) -> list[str | int]:
+    """What counts of a text: what stands around its pieces, and for each piece only its rule's number."""
+    out: list[str | int] = []
+    at = 0
+    for rule, start, end in pieces:
+        out += [text[at:start], rule]
+        at = end
+    return [*out, text[at:]]

@@ -20,9 +20,11 @@ from recorded import TOOLS, Recorder, call, record, result, said, turn, user
 from tokentape.errors import ConfigError, InternalError, StoreError
 from tokentape.export import chat_message, samples, to_arrow_stream, to_json_rows, write_parquet
 from tokentape.invariants import check_samples
+from tokentape.labels import labels
 from tokentape.schema import SAMPLES
-from tokentape.tape import Tape, lay_out
+from tokentape.tape import Origin, Tape, lay_out
 from tokentape.types import Message, Sampling, ToolCall
+from tokentape.volatile import Superseded
 
 
 def recorded() -> Recorder:
@@ -33,7 +35,14 @@ def recorded() -> Recorder:
         [Message("system", "s"), user("u")], first, TOOLS, sampling=Sampling(temperature=0.0, stop=("x",))
     )
     messages = [Message("system", "s"), user("u"), first]
-    recorder.run([*messages, result("x\0y")], said("b"), TOOLS, neutralised=("<|im_end|>",))
+    recorder.run(
+        [*messages, result("x\0y")],
+        said("b"),
+        TOOLS,
+        neutralised=("<|im_end|>",),
+        superseded=(Superseded("date", "1", "2"),),
+        origin=Origin("chat", "d", "t2", ignored=("user",), noted={"a": 1}),
+    )
     recorder.run([*messages, result("z")], said(None), TOOLS, finish_reason="length")
     return recorder
 
@@ -65,6 +74,8 @@ def test_a_row_to_the_letter() -> None:
         "session_id": "s",
         "sample_id": "t3",
         "branch_reason": "forked",
+        "label": "main",
+        "label_by": "inferred",
         "token_ids": [100, 101, 102, 103, 104, 110, 111, 112, 113, 114],
         "loss_mask": [0, 0, 0, 0, 0, 0, 0, 0, 1, 1],
         "logprobs": [None] * 8 + [0.0, -0.125],
@@ -78,6 +89,7 @@ def test_a_row_to_the_letter() -> None:
                 "finish_reason": "stop",
                 "trained": False,
                 "parse_status": "ok",
+                "label": "main",
             },
             {
                 "turn_id": "t3",
@@ -86,6 +98,7 @@ def test_a_row_to_the_letter() -> None:
                 "finish_reason": "length",
                 "trained": True,
                 "parse_status": "ok",
+                "label": "main",
             },
         ],
         "reward": 0.0,
@@ -110,7 +123,11 @@ def test_a_row_to_the_letter() -> None:
     assert json.loads(row["metadata"]) == {"task": "t"}
     assert json.loads(rows[0]["metadata"]) == {
         "task": "t",
-        "tokentape": {"neutralised": {"t2": ["<|im_end|>"]}},
+        "tokentape": {
+            "superseded": {"t2": [{"rule": "date", "recorded": "1", "asked": "2"}]},
+            "ignored": {"t2": ["user"]},
+            "neutralised": {"t2": ["<|im_end|>"]},
+        },
     }
 
 
@@ -194,7 +211,11 @@ def test_json_and_arrow_say_what_the_tapes_say(shapes: list[list[tuple[int, int,
             for index, (num_prompt, num_sampled, _) in enumerate(shape)
         ]
         tapes.append(
-            lay_out(path, {t.turn_id for t, (*_, trained) in zip(path, shape, strict=True) if trained})
+            lay_out(
+                path,
+                {t.turn_id for t, (*_, trained) in zip(path, shape, strict=True) if trained},
+                labels(path),
+            )
         )
     one = samples(record(), tapes)
     one.validate(full=True)

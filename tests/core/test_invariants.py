@@ -111,6 +111,21 @@ CORRUPTIONS: dict[str, tuple[Callable[[Rows], None], str]] = {
         "sample t4: weight_versions[0].version is not a str",
     ),
     "no turn at all": (_set(0, "turns", []), "sample t3: there is no turn"),
+    # labels
+    "a label is null": (_set(0, "label", None), "sample t3: label is a NoneType"),
+    "a label of a turn is missing": (
+        _drop(0, "turns", 1, "label"),
+        "sample t3: turns[1].label is not a str",
+    ),
+    "another label than the last turn's": (
+        _set(0, "label", "auxiliary"),
+        "sample t3: label is 'auxiliary', the last turn's 'main'",
+    ),
+    "nobody says so": (_set(0, "label_by", ""), "sample t3: label or label_by is empty"),
+    "a turn of another label is trained": (
+        _set(1, "turns", "auxiliary", 1, "label"),
+        "sample t4: turn t2 is trained here, but its label is 'auxiliary'",
+    ),
     # arrays
     "a token lost": (
         _drop(0, "token_ids", 9),

@@ -23,8 +23,9 @@ from tokentape.schema import (
     turn_to_row,
 )
 from tokentape.store import Failure, SessionRecord
-from tokentape.tape import Turn
+from tokentape.tape import Origin, Turn
 from tokentape.types import Message, Sampling, TokenRun, ToolCall, VersionSpan
+from tokentape.volatile import Superseded
 
 TEXT = st.text(max_size=8)  # hypothesis leaves surrogates out of text()
 FLOAT = st.floats(allow_nan=False, allow_infinity=False)
@@ -52,7 +53,11 @@ SAMPLING = st.builds(
     max_tokens=st.none() | st.integers(0, 2**31),
     stop=st.lists(TEXT, max_size=2).map(tuple),
     stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=2).map(tuple),
+    frequency_penalty=st.none() | FLOAT,
     seed=st.none() | st.integers(0, 2**63 - 1),
+    logit_bias=st.lists(st.tuples(st.integers(0, 2**31 - 1), FLOAT), max_size=2).map(tuple),
+    json_schema=MAYBE,
+    structural_tag=MAYBE,
 )
 
 
@@ -89,7 +94,15 @@ def turns(draw: st.DrawFn) -> Turn:
         arguments=draw(OBJECT),
         sampling=draw(SAMPLING),
         neutralised=tuple(draw(st.lists(TEXT, max_size=2))),
-        ignored=tuple(draw(st.lists(TEXT, max_size=2))),
+        superseded=tuple(draw(st.lists(st.builds(Superseded, TEXT, TEXT, TEXT), max_size=2))),
+        origin=Origin(
+            draw(TEXT),
+            draw(TEXT),
+            draw(TEXT),
+            draw(MAYBE),
+            tuple(draw(st.lists(TEXT, max_size=2))),
+            draw(OBJECT),
+        ),
         num_cached_tokens=draw(st.none() | st.integers(0, 2**40)),
         created_at=draw(st.floats(0, 1e12)),
     )
@@ -148,6 +161,10 @@ NEAR: list[dict[str, Any]] = [
     {"arguments": {"a": "1"}},
     {"in_reasoning": True},
     {"neutralised": ("",)},
+    {"origin": Origin("chat", "", "", None)},
+    {"origin": Origin("chat", "", "", "")},
+    {"origin": Origin("chat", "", "", noted={"a": None})},
+    {"superseded": (Superseded("", "", ""),)},
 ]
 
 
@@ -194,12 +211,15 @@ def test_the_sample_columns_are_those_of_the_design() -> None:
             ("finish_reason", pa.string()),
             ("trained", pa.bool_()),
             ("parse_status", pa.string()),
+            ("label", pa.string()),
         ]
     )
     expected = {
         "session_id": pa.string(),
         "sample_id": pa.string(),
         "branch_reason": pa.string(),
+        "label": pa.string(),
+        "label_by": pa.string(),
         "token_ids": pa.list_(pa.int32()),
         "loss_mask": pa.list_(pa.int8()),
         "logprobs": pa.list_(pa.float32()),

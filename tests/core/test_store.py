@@ -24,6 +24,7 @@ from tokentape.metrics import Metrics
 from tokentape.schema import SCHEMA_VERSION
 from tokentape.store import Failure, SessionRecord, SQLiteStore, Store, StoredSession
 from tokentape.types import Message, Sampling, TokenRun
+from tokentape.volatile import NOTHING
 
 Open = Callable[[], Store]
 OPEN: dict[str, Callable[[Path], Store]] = {
@@ -296,11 +297,11 @@ async def test_a_session_goes_on_after_a_restart_as_if_nothing_had_been(
 
 
 async def test_sessions_are_read_when_they_are_asked_for(store: Store) -> None:
-    sessions = Sessions(store, (), Metrics())
+    sessions = Sessions(store, (), NOTHING, Metrics())
     session = await sessions.create("s", metadata={"a": 1}, max_turns=2)
     await store.put_turns("s", [turn("t")])
     await sessions.fail(session, EngineFailed("no"), 3)
-    others = Sessions(store, (), Metrics())
+    others = Sessions(store, (), NOTHING, Metrics())
     again = await others.get("s")
     assert again is await others.get("s")
     assert (len(again.tree), again.num_sampled_tokens, again.failures) == (1, 2, {"engine_failed": 1})
@@ -311,12 +312,12 @@ async def test_sessions_are_read_when_they_are_asked_for(store: Store) -> None:
 
 async def test_a_failure_after_the_deletion_is_not_inherited(store: Store) -> None:
     """A turn is under way when its session is deleted; it fails; a new session takes the name."""
-    sessions = Sessions(store, (), Metrics())
+    sessions = Sessions(store, (), NOTHING, Metrics())
     session = await sessions.create("s")
     await sessions.delete("s")
     await sessions.fail(session, EngineFailed("late"), 0)
     await sessions.create("s")
-    assert (await Sessions(store, (), Metrics()).get("s")).failures == {}
+    assert (await Sessions(store, (), NOTHING, Metrics()).get("s")).failures == {}
 
 
 # -- SQLite
@@ -337,6 +338,32 @@ async def test_a_put_returns_after_its_commit(tmp_path: Path) -> None:
     for index in range(5):
         await store.put_turns("s", [turn(f"t{index}")])
         assert table_rows(tmp_path / "s.sqlite") == [f"t{i}" for i in range(index + 1)]
+    await store.aclose()
+
+
+async def test_turns_of_one_request_are_stored_together_or_not_at_all(tmp_path: Path) -> None:
+    """The second of three cannot be stored: neither is the first, and what waited beside them is."""
+    path = tmp_path / "s.sqlite"
+    store = SQLiteStore(path)
+    await store.put_session(record())
+    await store.put_turns("s", [turn("t0")])
+    with pytest.raises(StoreError):
+        await store.put_turns("s", [turn("a"), turn("t0"), turn("b")])  # t0 is there already
+    assert table_rows(path) == ["t0"]
+    with pytest.raises(StoreError, match="cannot be stored"):
+        await store.put_turns("s", [turn("a"), turn("b", reply=Message("assistant", "\ud800"))])
+    assert table_rows(path) == ["t0"]
+    release = threading.Event()
+    blocked = asyncio.ensure_future(store._do(lambda _: release.wait(10)))
+    await asyncio.sleep(0.05)
+    puts = [["c1", "c2"], ["d1", "t0", "d2"], ["e1", "e2"]]
+    work = [asyncio.ensure_future(store.put_turns("s", [turn(i) for i in ids])) for ids in puts]
+    await asyncio.sleep(0)
+    release.set()
+    await blocked
+    results = await asyncio.gather(*work, return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), StoreError, type(None)]
+    assert table_rows(path) == ["t0", "c1", "c2", "e1", "e2"]
     await store.aclose()
 
 
@@ -368,6 +395,14 @@ def _newer(path: Path) -> None:
     connection.close()
 
 
+def _older(path: Path) -> None:
+    """As the first release left it: other columns."""
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE turns (turn_id TEXT, session_id TEXT, ignored TEXT)")
+    connection.execute("PRAGMA user_version=1")
+    connection.close()
+
+
 def _of_somebody_else(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE sessions (id INTEGER, cookie TEXT)")
@@ -375,7 +410,8 @@ def _of_somebody_else(path: Path) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
-    "newer": (_newer, f"schema version {SCHEMA_VERSION + 1}.*use the newer tokentape"),
+    "newer": (_newer, f"schema version {SCHEMA_VERSION + 1}.*knows {SCHEMA_VERSION}: use the tokentape that"),
+    "older": (_older, f"schema version 1.*knows {SCHEMA_VERSION}: use the tokentape that wrote it"),
     "garbage": (lambda path: path.write_bytes(os.urandom(4096)), "not a database"),
     "text": (lambda path: path.write_text("hello " * 500), "not a database"),
     "directory": (lambda path: path.mkdir(), "unable to open"),
@@ -395,6 +431,17 @@ def test_a_file_that_is_no_store_is_a_wrong_option(kind: str, tmp_path: Path) ->
         SQLiteStore(path)
     if kind in ("garbage", "text"):
         assert path.read_bytes() == before
+
+
+async def test_an_older_store_is_left_as_it_was(tmp_path: Path) -> None:
+    _older(tmp_path / "s.sqlite")
+    for readonly in (False, True):
+        with pytest.raises(ConfigError, match="schema version 1"):
+            SQLiteStore(tmp_path / "s.sqlite", readonly=readonly)
+    connection = sqlite3.connect(tmp_path / "s.sqlite")
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    assert (tables, connection.execute("PRAGMA user_version").fetchone()) == ([("turns",)], (1,))
+    connection.close()
 
 
 def test_an_empty_file_is_a_new_store(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from recorded import turn
 
 from tokentape.errors import InternalError
+from tokentape.labels import labels
 from tokentape.tape import Turn, lay_out, prompt_after
 from tokentape.types import Prompt, TokenRun, VersionSpan
 
@@ -42,7 +43,7 @@ def paths(draw: st.DrawFn) -> list[Turn]:
 @given(paths(), st.data())
 def test_a_tape_is_its_turns_one_after_the_other(path: list[Turn], data: st.DataObject) -> None:
     trained = set(data.draw(st.lists(st.sampled_from([t.turn_id for t in path]))))
-    tape = lay_out(path, trained)
+    tape = lay_out(path, trained, labels(path))
     ids: list[int] = []
     mask: list[int] = []
     logprobs: list[float] = []
@@ -75,7 +76,7 @@ def test_a_tape_is_its_turns_one_after_the_other(path: list[Turn], data: st.Data
 @given(paths(), IDS)
 def test_a_prompt_extends_what_was_sent_and_sampled(path: list[Turn], bridge: list[int]) -> None:
     prompt = prompt_after(path, TokenRun(bridge))
-    assert prompt.to_list() == [*lay_out(path, ()).token_ids, *bridge]
+    assert prompt.to_list() == [*lay_out(path, (), labels(path)).token_ids, *bridge]
     assert len(prompt) == len(prompt.to_list())
     assert prompt.to_json() == b"[" + ",".join(map(str, prompt.to_list())).encode() + b"]"
     for index in range(len(path)):  # every earlier prompt, with what it sampled, is its beginning

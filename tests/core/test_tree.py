@@ -301,6 +301,7 @@ def test_tools_in_another_order_are_another_prompt() -> None:
 # -- why a branch starts
 
 U, A = user("u"), said("a")
+SUMMARY = "1. The user asked for u. 2. It is done: a."
 REASONS: dict[str, tuple[Sequence[Message], tuple[Json, ...], Json, str | None]] = {
     "goes on": ([U, A, user("v"), said("b"), user("w")], TOOLS, {}, None),
     "goes on with words put into its mouth": (
@@ -327,6 +328,31 @@ REASONS: dict[str, tuple[Sequence[Message], tuple[Json, ...], Json, str | None]]
     "no tools": ([U, A, user("v"), said("b"), user("w")], (), {}, BranchReason.TOOLS_CHANGED),
     "other arguments": ([U, A, user("v")], TOOLS, {"enable_thinking": False}, BranchReason.ARGUMENTS_CHANGED),
     "both": ([U, A, user("v")], (), {"enable_thinking": False}, BranchReason.TOOLS_CHANGED),
+    "a summary in the place of the history": (
+        [user(f"Goes on.\n\n{SUMMARY}"), said("ok"), U],
+        TOOLS,
+        {},
+        BranchReason.COMPACTED,
+    ),
+    "a summary in a request of other tools": (
+        [user(SUMMARY)],
+        OTHER_TOOLS,
+        {},
+        BranchReason.NEW_CONVERSATION,
+    ),
+    "a summary behind a new system prompt": (
+        [Message("system", "title!"), user(SUMMARY)],
+        TOOLS,
+        {},
+        BranchReason.NEW_CONVERSATION,
+    ),
+    "a summary among the results": (
+        [user("x"), said(None, call()), result(SUMMARY)],
+        TOOLS,
+        {},
+        BranchReason.EDITED_HISTORY,
+    ),
+    "half a summary": ([user(SUMMARY[:-1])], TOOLS, {}, BranchReason.NEW_CONVERSATION),
     "other tools, other history": ([U, said("edited")], (), {}, BranchReason.EDITED_HISTORY),
 }
 
@@ -338,6 +364,7 @@ def test_a_branch_says_why_it_starts(case: str) -> None:
     assert recorder.plan(messages, tools, arguments)[2] == BranchReason.ROOT
     recorder.run([U], A, TOOLS)
     recorder.run([U, A, user("v")], said("b"), TOOLS)
+    recorder.run([user("sum up")], said(f"<analysis>hm</analysis><summary>\n{SUMMARY}\n</summary>"), TOOLS)
     assert recorder.plan(messages, tools, arguments)[2] == reason
     recorder.run(messages, said("new"), tools, arguments)
     rows = recorder.rows()
@@ -345,8 +372,17 @@ def test_a_branch_says_why_it_starts(case: str) -> None:
     assert check_samples(rows) == []
 
 
+def test_a_reply_that_was_gone_on_from_is_no_summary() -> None:
+    recorder = Recorder()
+    recorder.run([U], said(SUMMARY))
+    assert recorder.plan([user(SUMMARY)])[2] == BranchReason.COMPACTED
+    recorder.run([U, said(SUMMARY), user("v")], said("b"))
+    assert recorder.plan([user(SUMMARY)])[2] == BranchReason.NEW_CONVERSATION
+
+
 def test_every_reason_is_covered() -> None:
-    assert {reason for *_, reason in REASONS.values()} == {None, *BranchReason} - {BranchReason.ROOT}
+    elsewhere = {BranchReason.ROOT, BranchReason.CHOICE, BranchReason.LABEL_CHANGED}
+    assert {reason for *_, reason in REASONS.values()} == {None, *BranchReason} - elsewhere
 
 
 def test_what_changed_is_told_from_the_nearest_frame() -> None:

@@ -25,7 +25,7 @@ from tokentape.export import samples, to_json_rows
 from tokentape.gateway.sessions import restore
 from tokentape.invariants import check_samples
 from tokentape.store import SQLiteStore
-from tokentape.tape import Turn, prompt_after
+from tokentape.tape import Origin, Turn, prompt_after
 from tokentape.tree import BranchReason
 from tokentape.types import Json, Message, Prompt, ToolCall, VersionSpan
 
@@ -151,8 +151,10 @@ class Agents(RuleBasedStateMachine):
         assert reason == self.reason(expected, said, frame)
         size = data.draw(st.integers(0, 3), label="sampled tokens")
         cut = data.draw(st.integers(0, size), label="weights change at")
+        turn_id = f"t{next(self.recorder.names)}"
+        label = data.draw(st.sampled_from([None, None, None, "x", "main"]), label="label")
         made = turn(
-            f"t{next(self.recorder.names)}",
+            turn_id,
             parent_id=parent.turn_id if parent else None,
             branch_reason=reason,
             prompt=[next(self.recorder.ids) for _ in range(data.draw(st.integers(0, 2), label="new ids"))],
@@ -164,6 +166,7 @@ class Agents(RuleBasedStateMachine):
             reply=reply,
             tools=FRAMES[frame][0],
             arguments=FRAMES[frame][1],
+            origin=Origin("chat", turn_id, turn_id, label),
         )
         path = self.recorder.tree.path(parent.turn_id) if parent else ()
         self.prompts[made.turn_id] = prompt_after(path, made.prompt)
@@ -322,12 +325,19 @@ class Agents(RuleBasedStateMachine):
     def every_sample_is_sound(self) -> None:
         rows = self.recorder.rows()
         assert check_samples(rows) == []
-        assert len(rows) == len({c.turn.turn_id for c in self.conversations} - self.parents())
+        assert {row["sample_id"] for row in rows} == self.ends()
         sampled = sum(len(c.turn.completion) for c in self.conversations)
         assert sum(sum(row["loss_mask"]) for row in rows) == sampled  # trained once, counted another way
 
-    def parents(self) -> set[str | None]:
-        return {c.turn.parent_id for c in self.conversations}
+    def ends(self) -> set[str]:
+        """Turns with none of their own label behind them."""
+        of = {turn_id: label.name for turn_id, label in self.recorder.tree.labels().items()}
+        ends = set(of)
+        for c in self.conversations:
+            for before in self.recorder.tree.path(c.turn.turn_id)[:-1]:
+                if of[before.turn_id] == of[c.turn.turn_id]:
+                    ends.discard(before.turn_id)
+        return ends
 
     @invariant()
     def every_prompt_is_an_exact_extension(self) -> None:
