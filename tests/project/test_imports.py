@@ -27,7 +27,8 @@ LAYERS: dict[str, set[str]] = {
     "formats": {*CORE, "parse", "render"},
     "volatile": CORE,
     "tape": {*CORE, "volatile"},
-    "tree": {*CORE, "outline", "tape", "volatile"},
+    "labels": {*CORE, "tape"},
+    "tree": {*CORE, "labels", "outline", "tape", "volatile"},
     "schema": {*CORE, "tape", "tree", "volatile"},
     "constrain": {*CORE, "formats", "grammars", "parse"},
     "store": {*CORE, "tape", "schema"},
@@ -39,23 +40,28 @@ LAYERS: dict[str, set[str]] = {
         "schema", "store", "tape", "tree", "volatile", "",
     },
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
-    "cli": {*CORE, "demo", "engines", "export", "formats", "gateway", "model", "store", ""},
+    "cli": {*CORE, "demo", "engines", "export", "formats", "gateway", "model", "store", "volatile", ""},
+    "clients": {*CORE, "gateway"},
+    "inprocess": {*CORE, "clients", "engines", "export", "gateway", "render", "store", "tape"},
+    "adapters": {*CORE, "", "adapters", "engines.sglang", "model"},
     "__main__": {"cli"},
-    "": set(),
+    "": {"inprocess"},
 }  # fmt: skip
 # Outside the package: who alone may import it.
 ONLY: dict[str, tuple[str, ...]] = {
     "torch": ("engines.local",),
     "transformers": ("engines.local",),
     "aiohttp.web": ("gateway.app", "engines.server", "testing"),
-    "openai": ("demo",),
+    "openai": ("demo", "clients", "inprocess"),
+    "anthropic": ("clients", "inprocess"),
+    "httpx2": ("clients",),
     "sqlite3": ("store",),
     "jinja2": ("template",),
     "pyarrow": ("schema", "export", "cli", "demo"),
     "rich": ("cli", "demo"),
     "click": ("cli",),
 }
-PURE = ("types", "errors", "outline", "tape", "tree", "parse", "grammars", "invariants")
+PURE = ("types", "errors", "outline", "tape", "labels", "volatile", "tree", "parse", "grammars", "invariants")
 IMPURE = {"asyncio", "aiohttp", "socket", "http", "sqlite3", "transformers", "torch"}
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 GATEWAY = "http://127.0.0.1:8000"
+ENGINE, MODEL = "http://127.0.0.1:30000", "Qwen/Qwen3-8B"
 
 
 def snippets(language: str) -> Iterator[tuple[str, str]]:
@@ -32,7 +33,7 @@ def pytest_params(language: str) -> list[object]:
 
 @pytest.mark.parametrize("code", pytest_params("python"))
 async def test_python_snippets_run(code: str, tmp_path: Path) -> None:
-    if GATEWAY not in code:
+    if GATEWAY not in code and ENGINE not in code:
         await run_python(code)
         return
     from tokentape.engines.sglang import SGLangConfig
@@ -46,8 +47,11 @@ async def test_python_snippets_run(code: str, tmp_path: Path) -> None:
         config = ServiceConfig(
             model=str(tmp_path), engine=SGLangConfig(fake.url), store=tmp_path / "s.sqlite"
         )
-        async with running(config) as url:
-            said = await run_python(code.replace(GATEWAY, url))
+        if ENGINE in code:
+            said = await run_python(code.replace(ENGINE, fake.url).replace(MODEL, str(tmp_path)))
+        else:
+            async with running(config) as url:
+                said = await run_python(code.replace(GATEWAY, url))
     assert re.search(r"[1-9]\d* trained, reward 1\.0", said)
 
 

@@ -1,7 +1,7 @@
 """The agents' side of the gateway without HTTP: a request of any wire in, the pieces of its reply out."""
 
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
 from typing import Any
 
 from tokentape.errors import TokentapeError
@@ -49,11 +49,12 @@ class AgentApi:
         Raises:
             TokentapeError: there is no answer.
         """
-        answer = await self._answer(session, decoded, headers)
-        if not isinstance(answer, Call):
-            return answer
-        with answer.followed():
-            return await answer.done()
+        with _answering(session, decoded):
+            answer = await self._answer(session, decoded, headers)
+            if not isinstance(answer, Call):
+                return answer
+            with answer.followed():
+                return await answer.done()
 
     async def stream(
         self, session: Session, decoded: Decoded, headers: Mapping[str, str]
@@ -67,17 +68,18 @@ class AgentApi:
         """
         writer, begun = decoded.writer, False
         try:
-            answer = await self._answer(session, decoded, headers)
-            if isinstance(answer, Call):
-                with answer.followed():
-                    async for piece in self._pieces(answer, writer):
-                        begun = True
-                        yield piece
-                    dones = await answer.done()
-            else:
-                dones = answer
-                yield b"".join(_write(writer, item) for item in _events(dones))
-            yield writer.end(dones)
+            with _answering(session, decoded):
+                answer = await self._answer(session, decoded, headers)
+                if isinstance(answer, Call):
+                    with answer.followed():
+                        async for piece in self._pieces(answer, writer):
+                            begun = True
+                            yield piece
+                        dones = await answer.done()
+                else:
+                    dones = answer
+                    yield b"".join(_write(writer, item) for item in _events(dones))
+                yield writer.end(dones)
         except TokentapeError as error:
             if not begun:
                 raise
@@ -121,11 +123,13 @@ class AgentApi:
                 await call.ended()
         count = headers.get("x-stainless-retry-count")
         is_retry = "Idempotency-Key" in headers or count not in (None, "0")
-        running = session.running.get(digest)
+        running = [call for call in session.running.get(digest, ()) if not call.stopped]
         if running and (is_retry or count is None):
-            return next(iter(running))
+            return running[0]
         answered = session.answered.get(digest)
-        if answered and (is_retry or digest in session.undelivered):
+        # Whoever says that it is no retry does not take what another connection is just being sent.
+        lost = digest in session.undelivered and (count is None or session.answering[digest] == 1)
+        if answered and (is_retry or lost):
             return self._turns.recorded(session, answered)
         return self._call(session, decoded)
 
@@ -139,6 +143,9 @@ class AgentApi:
         def forget() -> None:
             self._calls.discard(call)
             calls.discard(call)
+            if call.failed and digest not in session.undelivered:
+                # What retries it must not get the answer of an earlier request of the same words.
+                session.answered.pop(digest, None)
             if not calls:
                 session.running.pop(digest, None)
 
@@ -147,6 +154,19 @@ class AgentApi:
         self._calls.add(call)
         call.then(forget)
         return call
+
+
+@contextlib.contextmanager
+def _answering(session: Session, decoded: Decoded) -> Generator[None]:
+    """Count the connections that are being answered."""
+    digest = decoded.request.origin.digest
+    session.answering[digest] += 1
+    try:
+        yield
+    finally:
+        session.answering[digest] -= 1
+        if not session.answering[digest]:
+            del session.answering[digest]
 
 
 def _write(writer: Writer, item: Event) -> bytes:

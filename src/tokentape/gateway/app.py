@@ -3,21 +3,14 @@
 import asyncio
 import contextlib
 import hmac
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 from aiohttp import web
-from msgspec import Meta, Raw
 
 from tokentape import __version__
-from tokentape.engines.base import Engine, EngineInfo
 from tokentape.errors import (
-    ClientGone,
-    EngineError,
-    InternalError,
     NotFound,
     RequestError,
     TokentapeError,
@@ -25,61 +18,24 @@ from tokentape.errors import (
     Unauthorized,
 )
 from tokentape.export import samples, to_arrow_stream, to_json_rows
-from tokentape.gateway import chat
-from tokentape.gateway.api import AgentApi
-from tokentape.gateway.chat.request import session_sampling
-from tokentape.gateway.sessions import Session, Sessions
-from tokentape.gateway.turn import Turns
+from tokentape.gateway import control
+from tokentape.gateway.agents import (
+    ROUTES,
+    Asked,
+    Refusal,
+    Route,
+    list_models,
+    show_model,
+    spoken,
+    to_typed,
+)
+from tokentape.gateway.parts import Gateway, info_json
+from tokentape.gateway.sessions import Session
 from tokentape.gateway.wire import Decoded, Wire
-from tokentape.metrics import Metrics
-from tokentape.types import Json
-
-log = logging.getLogger(__name__)
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
 _OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
 _SESSION = web.RequestKey("session", str)  # whose key the caller has
-_Limit = Annotated[int, Meta(ge=1, le=2**53)] | None
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayConfig:
-    """How the gateway answers. `model` is the name it answers to; `max_body_bytes` bounds a request.
-
-    `context_length` in tokens, None to ask the engine.
-    """
-
-    model: str
-    api_key: str | None = None
-    strict: bool = False
-    max_body_bytes: int = 64 * 2**20
-    context_length: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Gateway:
-    """The parts that the routes need."""
-
-    config: GatewayConfig
-    engine: Engine
-    sessions: Sessions
-    turns: Turns
-    api: AgentApi
-    metrics: Metrics
-
-
-class _Create(msgspec.Struct, forbid_unknown_fields=True):
-    session_id: str | None = None
-    metadata: Json = msgspec.field(default_factory=dict[str, Any])
-    sampling: dict[str, Raw] | None = None
-    max_turns: _Limit = None
-    max_tokens: _Limit = None
-    deadline_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None
-
-
-class _Finish(msgspec.Struct, forbid_unknown_fields=True):
-    reward: float | None = None
-    metadata: Json = msgspec.field(default_factory=dict[str, Any])
 
 
 def make_app(gateway: Gateway) -> web.Application:
@@ -99,20 +55,21 @@ def make_app(gateway: Gateway) -> web.Application:
             web.get("/metrics", routes.metrics),
             *(
                 route
-                for prefix in ("", "/sessions/{session_id}")
+                # Anthropic's SDK puts /v1 behind a base URL, OpenAI's does not: either may have it already.
+                for prefix in ("", "/v1", "/sessions/{session_id}", "/sessions/{session_id}/v1")
                 for route in (
-                    web.post(f"{prefix}/v1/chat/completions", routes.agent(chat.WIRE)),
+                    *(web.route(one.method, prefix + one.path, routes.agent(one)) for one in ROUTES),
                     web.get(f"{prefix}/v1/models", routes.models),
+                    web.get(f"{prefix}/v1/models/{{model:.+}}", routes.model),
                 )
             ),
         ]
     )
-    app.cleanup_ctx.append(routes.learn_context_length)
     return app
 
 
 def _boundary(gateway: Gateway) -> Any:
-    """Every error leaves as JSON in OpenAI's shape; a caller without the key comes no further."""
+    """Every error leaves as JSON in its provider's shape; a caller without the key comes no further."""
 
     @web.middleware
     async def boundary(
@@ -122,30 +79,28 @@ def _boundary(gateway: Gateway) -> Any:
             if gateway.config.api_key is not None and request.path not in _OPEN_ROUTES:
                 _authorise(request, gateway.config.api_key)
             return await handler(request)
-        except TokentapeError as error:
-            if not isinstance(error, EngineError | ClientGone):  # these are counted as failed turns
-                gateway.metrics.refusals.labels(error.kind).inc()
-            return _error(error)
         except web.HTTPRequestEntityTooLarge:
-            return _error(TooLarge(f"the body is larger than {gateway.config.max_body_bytes} bytes"))
+            text = f"the body is larger than {gateway.config.max_body_bytes} bytes"
+            return _error(request, TooLarge(text))
+        except web.RequestPayloadError as error:  # a Content-Encoding, or chunks, that it does not have
+            return _error(request, RequestError(f"the body cannot be read: {error}"))
         except web.HTTPException as error:
             text = f"{request.method} {request.path}: {error.reason}"
-            return _error(NotFound(text) if error.status == 404 else RequestError(text), status=error.status)
-        except Exception:
-            log.exception("%s %s", request.method, request.path)
-            return _error(InternalError("an internal error of tokentape; its log has the details"))
+            typed = NotFound(text) if error.status == 404 else RequestError(text)
+            return _error(request, typed, status=error.status)
+        except Exception as error:
+            return _error(request, to_typed(error, gateway.metrics, f"{request.method} {request.path}"))
 
     return boundary
 
 
-def _error(error: TokentapeError, *, status: int | None = None) -> web.Response:
-    # OpenAI's and Anthropic's SDKs retry 409 and 5xx on their own; the header tells them what is worth it.
-    headers = {"x-should-retry": "true" if error.retryable else "false"}
+def _error(request: web.Request, error: TokentapeError, *, status: int | None = None) -> web.Response:
+    refusal = Refusal.of(spoken(request.path, request.headers), error, status=status)
     return web.Response(
-        body=msgspec.json.encode(chat.WIRE.error_body(error)),
-        status=status or error.status,
+        body=refusal.body,
+        status=refusal.status,
         content_type="application/json",
-        headers=headers,
+        headers=refusal.headers,
     )
 
 
@@ -168,26 +123,20 @@ def _authorise(request: web.Request, api_key: str) -> None:
     if _equal(given, api_key):
         return
     session_id = given.rpartition(".")[0]
-    if "/v1/" in request.path and session_id and _equal(given, session_key(session_id, api_key)):
-        if request.match_info.get("session_id", session_id) == session_id:
-            request[_SESSION] = session_id
-            return
+    is_its_own = request.match_info.get("session_id", session_id) == session_id
+    if "/v1/" in request.path and is_its_own and _equal(given, session_key(session_id, api_key)):
+        request[_SESSION] = session_id
+        return
     raise Unauthorized("a valid API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`")
+
+
+def _is_there(request: web.Request) -> bool:
+    """Whether the client's connection is still open; it is not where the last write failed."""
+    return request.transport is not None and not request.transport.is_closing()
 
 
 def _equal(given: str, key: str) -> bool:
     return hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode(errors="surrogateescape"))
-
-
-_T = TypeVar("_T")
-
-
-async def _body(request: web.Request, type_: type[_T]) -> _T:
-    """A JSON body of the control API; an empty one is an empty object."""
-    try:
-        return msgspec.json.decode(await request.read() or b"{}", type=type_)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not what this route takes: {error}") from None
 
 
 def _json(value: object) -> web.Response:
@@ -205,15 +154,8 @@ class _Routes:
     # -- control side
 
     async def create(self, request: web.Request) -> web.Response:
-        body = await _body(request, _Create)
-        session = await self._sessions.create(
-            body.session_id,
-            metadata=body.metadata,
-            sampling=session_sampling(body.sampling or {}),
-            max_turns=body.max_turns,
-            max_tokens=body.max_tokens,
-            deadline_s=body.deadline_s,
-        )
+        body = control.read_body(await request.read(), control.Create)
+        session = await control.create(self._sessions, body)
         base_url = f"{request.scheme}://{request.host}/sessions/{session.session_id}/v1"
         out = {"session_id": session.session_id, "base_url": base_url}
         if self._config.api_key is not None:
@@ -254,7 +196,7 @@ class _Routes:
         return web.Response(body=b'{"samples":' + rows + b"}", content_type="application/json")
 
     async def finish(self, request: web.Request) -> web.Response:
-        body = await _body(request, _Finish)
+        body = control.read_body(await request.read(), control.Finish)
         session = await self._sessions.get(request.match_info["session_id"])
         await self._sessions.finish(session, body.reward, body.metadata)
         return _json(session.summary())
@@ -271,7 +213,7 @@ class _Routes:
     async def readyz(self, request: web.Request) -> web.Response:
         del request
         info = await self._gateway.engine.info()
-        return _json({"status": "ready", "engine": _info_json(info)})
+        return _json({"status": "ready", "engine": info_json(info)})
 
     async def metrics(self, request: web.Request) -> web.Response:
         del request
@@ -282,15 +224,23 @@ class _Routes:
     async def models(self, request: web.Request) -> web.Response:
         if session_id := request.match_info.get("session_id"):
             await self._sessions.get(session_id, used=True)
-        model = {"id": self._config.model, "object": "model", "created": 0, "owned_by": "tokentape"}
-        return _json({"object": "list", "data": [model]})
+        return _json(list_models(self._gateway))
 
-    def agent(self, wire: Wire) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        """The handler of a wire's main route."""
+    async def model(self, request: web.Request) -> web.Response:
+        if session_id := request.match_info.get("session_id"):
+            await self._sessions.get(session_id, used=True)
+        return _json(show_model(self._gateway, request.match_info["model"]))
+
+    def agent(self, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """The handler of a route inside a session."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
-            session = await self._session(request)
-            decoded = self._gateway.api.decode(wire, session, await request.read(), request.headers)
+            session, body = await self._session(request), await request.read()
+            if not isinstance(route.answer, Wire):
+                query = {name: ",".join(request.query.getall(name)) for name in request.query}
+                asked = Asked(self._gateway, session, body, request.headers, request.match_info, query)
+                return _json(route.answer(asked))
+            decoded = self._gateway.api.decode(route.answer, session, body, request.headers)
             if decoded.request.stream:
                 return await self._stream(request, session, decoded)
             return await self._whole(request, session, decoded)
@@ -304,7 +254,8 @@ class _Routes:
         with contextlib.suppress(ConnectionError):  # the turn is committed: a retry gets the reply
             await response.prepare(request)
             await response.write_eof()
-            api.delivered(session, decoded)
+            if _is_there(request):
+                api.delivered(session, decoded)
         return response
 
     async def _stream(self, request: web.Request, session: Session, decoded: Decoded) -> web.StreamResponse:
@@ -323,7 +274,8 @@ class _Routes:
                     if not response.prepared:
                         await response.prepare(request)
                     await response.write(piece)
-                api.delivered(session, decoded)  # now: Codex hangs up as soon as it has read the last event
+                if _is_there(request):  # asked now: Codex hangs up as soon as it has read the last event
+                    api.delivered(session, decoded)
                 await response.write_eof()
         return response
 
@@ -340,35 +292,3 @@ class _Routes:
                 f"X-Session-Id header{elsewhere}"
             )
         return await self._sessions.get(session_id, used=True)
-
-    async def learn_context_length(self, app: web.Application) -> AsyncIterator[None]:
-        """Ask the engine for its context length until it answers; it may start after the gateway."""
-        del app
-        task = asyncio.ensure_future(self._learn())
-        yield
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    async def _learn(self) -> None:
-        wait_s = 0.5
-        while self._config.context_length is None:
-            try:
-                info = await self._gateway.engine.info()
-            except TokentapeError as error:
-                log.info("engine: not there yet: %s", error)
-                await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, 10.0)
-            else:
-                log.info("engine: %s", _info_json(info))
-                if info.context_length is not None:
-                    self._gateway.turns.planner.context_length = info.context_length
-                return
-
-
-def _info_json(info: EngineInfo) -> Json:
-    return {
-        "model": info.model,
-        "context_length": info.context_length,
-        "weight_version": info.weight_version,
-    }

@@ -13,7 +13,7 @@ class Call:
     """One piece of work with any number of followers; it is stopped when the last of them leaves.
 
     `work` is given what takes its events, and returns the committed turns. `why` says to its followers why it
-    was stopped. `stopped`: it was, and is ending, or has ended.
+    was stopped. `stopped`: it was, and is ending, or has ended. `failed`: it has ended without an answer.
     """
 
     def __init__(
@@ -40,6 +40,11 @@ class Call:
             self._num_followers -= 1
             if not self._num_followers:
                 self.stop()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the work has ended, and not well."""
+        return self._task.done() and (self._task.cancelled() or self._task.exception() is not None)
 
     def stop(self) -> None:
         """End the work, unless it has ended."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from tokentape.constrain import constrain
-from tokentape.errors import ContextOverflow, RequestError
+from tokentape.errors import ContextOverflow, LimitReached, RequestError
 from tokentape.formats import Format
 from tokentape.gateway.exchange import TurnRequest
 from tokentape.gateway.sessions import Session
@@ -147,7 +147,7 @@ class Planner:
             difference
             for recorded, known in pairs
             if known.volatile
-            for difference in self._volatile.superseded(recorded.content or "", known.message.content or "")
+            for difference in self._volatile.superseded(recorded, known.message)
         )
 
     def _max_tokens(
@@ -157,7 +157,14 @@ class Planner:
 
         Raises:
             ContextOverflow: the prompt, or prompt + `max_tokens`, does not fit.
+            LimitReached: not every choice can have a token.
         """
+        if budget is not None:  # all choices together must fit
+            budget //= request.num_choices
+            if not budget:
+                raise LimitReached(
+                    f"the session has fewer than {request.num_choices} sampled tokens left: too few for `n`"
+                )
         asked = sampling.max_tokens
         room = None if self.context_length is None else self.context_length - num_prompt
         if room is not None and room < (1 if request.clamp else asked or 1):

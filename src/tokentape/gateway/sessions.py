@@ -40,8 +40,8 @@ class Session:
     """One episode. Turns may run side by side; commits happen one at a time, under `commit_lock`.
 
     `running` are the requests that are being answered, `answered` the turns that answered one before, both by
-    the request's digest; the answers of `undelivered` ones may not have reached anybody. `ending` is why the
-    session is about to take no more turns.
+    the request's digest; the answers of `undelivered` ones may not have reached anybody. `answering` counts
+    the connections that wait for an answer. `ending` is why the session is about to take no more turns.
     """
 
     record: SessionRecord
@@ -52,6 +52,7 @@ class Session:
     running: dict[str, set[Call]] = field(default_factory=dict[str, set[Call]])
     answered: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     undelivered: set[str] = field(default_factory=set[str])
+    answering: Counter[str] = field(default_factory=Counter[str])
     ending: TokentapeError | None = None
     _known: dict[bytes, tuple[Known, ...]] = field(default_factory=dict[bytes, tuple[Known, ...]])
     _frames: dict[bytes, tuple[Frame, tuple[bytes, bytes]]] = field(
@@ -143,7 +144,7 @@ class Session:
         if turn.turn_id == request_id:
             self.answered[digest] = []
             self.undelivered.add(digest)
-        self.answered[digest].append(turn.turn_id)
+        self.answered.setdefault(digest, []).append(turn.turn_id)
         parent = self.tree.turn(turn.parent_id) if turn.parent_id is not None else None
         if parent is not None:  # who continues it has received it
             self.undelivered.discard(parent.origin.digest)
@@ -158,6 +159,7 @@ class Session:
             "turns": len(self.tree),
             "branches": len(branches),
             "branch_reasons": dict(Counter(t.branch_reason for t in self.tree.turns() if t.branch_reason)),
+            "labels": dict(Counter(label.name for label in self.tree.labels().values())),
             "tokens": sum(len(t.prompt) + len(t.completion) for t in self.tree.turns()),
             "sampled_tokens": self.num_sampled_tokens,
             "parse_statuses": dict(Counter(t.parse_status for t in self.tree.turns())),
@@ -205,7 +207,7 @@ class Sessions:
         """
         _check_metadata(metadata or {})
         if session_id is None:
-            session_id = f"s-{secrets.token_urlsafe(18).replace('_', '~')}"
+            session_id = new_session_id()
         elif not SESSION_ID.fullmatch(session_id):
             raise RequestError(
                 "session_id must be 1 to 128 letters, digits or ._~:@- and start with a letter or digit",
@@ -313,6 +315,10 @@ class Sessions:
         """Records of sessions, by id."""
         return await self._store.list_sessions(state=state, after=after, limit=limit)
 
+    async def end_all(self, reason: TokentapeError) -> None:
+        """End every open session here; in the store they stay open, and may be continued another time."""
+        await asyncio.gather(*(session.end(reason) for session in self._sessions.values()))
+
     async def fail(self, session: Session, error: TokentapeError, num_tokens: int) -> None:
         """Count a turn that was not committed, and keep what it was."""
         self._metrics.failures.labels(error.kind).inc()
@@ -344,6 +350,11 @@ class Sessions:
         self._sessions[session.session_id] = session
         self._metrics.sessions.set(len(self._sessions))
         return session
+
+
+def new_session_id() -> str:
+    """An id that cannot be guessed."""
+    return f"s-{secrets.token_urlsafe(18).replace('_', '~')}"
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:

@@ -340,7 +340,9 @@ async def _deadline(session: Session) -> AsyncGenerator[None]:
 
 def _of_choice(sampling: Sampling, choice: int) -> Sampling:
     """Each choice has a seed of its own: the same one would sample the same tokens."""
-    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)
+    if sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + choice + 2**63) % 2**64 - 2**63)  # within 64 bits
 
 
 def _usage(turn: Turn, prompt: Prompt) -> Usage:

@@ -130,9 +130,14 @@ def read_fields(
         if (value := read_field(name, raw[name], Any)) is not None and value != harmless:
             raise RequestError(f"`{name}` is not supported here: {hint}", param=name)
     ignored = tuple(sorted(raw.keys() - honoured.keys() - refused.keys()))
+    check_ignored(ignored, strict=strict)
+    return Fields({name: value for name, value in given.items() if value is not None}, raw, ignored)
+
+
+def check_ignored(ignored: Sequence[str], *, strict: bool) -> None:
+    """Refuse what would be ignored, where `strict` says so."""
     if ignored and strict:
         raise RequestError(f"`{ignored[0]}` has no effect here, and --strict refuses it", param=ignored[0])
-    return Fields({name: value for name, value in given.items() if value is not None}, raw, ignored)
 
 
 def read_field(name: str, raw: Raw, type_: Any) -> Any:

@@ -1,0 +1,174 @@
+"""Puts the parts of a gateway together, with HTTP or without."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokentape.engines.base import Engine, EngineInfo
+from tokentape.engines.sglang import SGLangConfig, SGLangEngine
+from tokentape.errors import TokentapeError
+from tokentape.formats import detect
+from tokentape.gateway.api import AgentApi
+from tokentape.gateway.plan import Planner
+from tokentape.gateway.sessions import Sessions
+from tokentape.gateway.turn import Turns
+from tokentape.gateway.wire import WireConfig
+from tokentape.metrics import Metrics
+from tokentape.model import model_directory, model_sizes
+from tokentape.render import History, Renderer
+from tokentape.store import SQLiteStore, Store
+from tokentape.types import Json
+from tokentape.volatile import Volatile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """How the gateway answers. `model` is the name it answers to; `max_body_bytes` bounds a request.
+
+    `context_length` in tokens, None to ask the engine.
+    """
+
+    model: str
+    api_key: str | None = None
+    strict: bool = False
+    max_body_bytes: int = 64 * 2**20
+    context_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartsConfig:
+    """What a gateway is made of.
+
+    `model` is a directory or hub id: tokenizer, chat template and sizes; `engine` has its weights, or reaches
+    the server that has them; one that is given made is not closed here. `store` is None to keep the sessions
+    in memory only. `tool_format` and `reasoning_format` are "auto" or a row of `formats.FORMATS`. `volatile`
+    are names of `volatile.RULES`, or regular expressions.
+    """
+
+    model: str
+    engine: SGLangConfig | Engine
+    store: Path | None
+    tool_format: str = "auto"
+    reasoning_format: str = "auto"
+    history: History = "template"
+    auto_sessions: bool = False
+    default_max_tokens: int = 4096
+    volatile: tuple[str, ...] = ("billing-header",)
+    http: GatewayConfig = field(default_factory=lambda: GatewayConfig(model="policy"))
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The parts of a gateway."""
+
+    config: GatewayConfig
+    engine: Engine
+    store: Store
+    sessions: Sessions
+    turns: Turns
+    api: AgentApi
+    metrics: Metrics
+
+
+@contextlib.asynccontextmanager
+async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenerator[Gateway]:
+    """A gateway's parts while the context is open; on the way out what is being sampled is aborted.
+
+    The engine is asked for its context length until it answers, meanwhile the model directory's holds; it may
+    start after the gateway. With `ask_engine` the context opens only when it was asked once.
+
+    Raises:
+        ConfigError: the model, the store or an option cannot be used.
+    """
+    directory = model_directory(config.model)
+    sizes = model_sizes(directory)
+    renderer = await asyncio.to_thread(
+        Renderer.from_dir, directory, history=config.history, num_ids=sizes.vocab_size
+    )
+    row, why = detect(renderer.template.source, config.tool_format, config.reasoning_format)
+    log.log(logging.WARNING if "not supported" in why else logging.INFO, "format: %s (%s)", row.name, why)
+    metrics = Metrics()
+    async with contextlib.AsyncExitStack() as stack:
+        store = _store(config.store, renderer.tokenizer.fingerprint)
+        stack.push_async_callback(store.aclose)
+        engine = config.engine
+        if isinstance(engine, SGLangConfig):
+            engine = SGLangEngine(engine, vocab_size=sizes.vocab_size or renderer.tokenizer.vocab_size)
+            stack.push_async_callback(engine.aclose)
+        volatile = Volatile.of(config.volatile)
+        sessions = Sessions(
+            store, renderer.template.content_tests, volatile, metrics, auto_sessions=config.auto_sessions
+        )
+        turns = Turns(
+            engine,
+            renderer,
+            row,
+            volatile,
+            store,
+            sessions,
+            metrics,
+            context_length=config.http.context_length or sizes.context_length,
+            eos_ids=sizes.eos_ids | renderer.eos_ids,
+            default_max_tokens=config.default_max_tokens,
+        )
+        wires = WireConfig(
+            config.http.model, renderer.tokenizer, renderer.template.variables, config.http.strict
+        )
+        api = AgentApi(turns, wires)
+        stack.push_async_callback(api.aclose)
+        if config.http.context_length is None:
+            await stack.enter_async_context(_learning(engine, turns.planner, wait=ask_engine))
+        yield Gateway(config.http, engine, store, sessions, turns, api, metrics)
+
+
+def info_json(info: EngineInfo) -> Json:
+    """What an engine says of itself, as `GET /readyz` answers it."""
+    return {
+        "model": info.model,
+        "context_length": info.context_length,
+        "weight_version": info.weight_version,
+    }
+
+
+def _store(path: Path | None, fingerprint: str) -> SQLiteStore:
+    if path is None:
+        return SQLiteStore(":memory:", tokenizer=fingerprint)
+    return SQLiteStore(path, exclusive=True, tokenizer=fingerprint)
+
+
+@contextlib.asynccontextmanager
+async def _learning(engine: Engine, planner: Planner, *, wait: bool) -> AsyncGenerator[None]:
+    """Ask the engine for its context length while the context is open, until it answers."""
+    asked = asyncio.Event()
+
+    async def learn() -> None:
+        wait_s = 0.5
+        while True:
+            try:
+                info = await engine.info()
+            except TokentapeError as error:
+                log.info("engine: not there yet: %s", error)
+            else:
+                log.info("engine: %s", info_json(info))
+                if info.context_length is not None:
+                    planner.context_length = info.context_length
+                return
+            finally:
+                asked.set()
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, 10.0)
+
+    task = asyncio.ensure_future(learn())
+    try:
+        if wait:
+            await asked.wait()
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
