@@ -1,5 +1,6 @@
 """OpenAI Chat Completions → a turn."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from tokentape.gateway.wire import (
     Fields,
     Fraction,
     Positive,
+    check_ignored,
     check_template_arguments,
     read_field,
     read_fields,
@@ -27,6 +29,7 @@ from tokentape.render import Frame
 from tokentape.tree import Known
 from tokentape.types import CallOutput, Demand, Json, JsonOutput, Message, Sampling, ToolCall
 
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
@@ -154,7 +157,9 @@ def decode(request: AgentRequest) -> Decoded:
     session, config = request.session, request.config
     fields = read_fields(request.body, HONOURED, REFUSED, strict=config.strict)
     values = fields.values
-    frame, frame_key = _frame(fields, request)
+    arguments, unused = _template_arguments(values, request)
+    check_ignored(unused, strict=config.strict)
+    frame, frame_key = _frame(fields, session, arguments)
     has_tools = bool(frame.tools)
     parse_calls, demand = _demand(values, frame)
     num_top = values.get("top_logprobs", 0)
@@ -165,7 +170,7 @@ def decode(request: AgentRequest) -> Decoded:
         frame=frame,
         frame_key=frame_key,
         sampling=_sampling(values),
-        origin=read_origin("chat", request, fields.ignored),
+        origin=read_origin("chat", request, tuple(sorted((*fields.ignored, *unused)))),
         stream=values.get("stream", False),
         parse_calls=parse_calls,
         single_call=has_tools and not values.get("parallel_tool_calls", True),
@@ -197,15 +202,23 @@ def session_sampling(fields: Mapping[str, Raw]) -> Sampling:
     return _sampling({name: value for name, value in values.items() if value is not None})
 
 
-def _frame(fields: Fields, request: AgentRequest) -> tuple[Frame, tuple[bytes, bytes]]:
+def _template_arguments(values: Mapping[str, Any], request: AgentRequest) -> tuple[Json, tuple[str, ...]]:
+    """The template's arguments, and the fields that asked for some without effect."""
+    given = values.get("chat_template_kwargs", {})
+    check_template_arguments(given, "chat_template_kwargs")
+    if "reasoning_effort" not in values:
+        return given, ()
+    effort = thinking_arguments(request.config.template_variables, effort=values["reasoning_effort"])
+    arguments = {**effort, **given}
+    heard = bool(effort) and all(arguments[name] == value for name, value in effort.items())
+    return arguments, () if heard else ("reasoning_effort",)
+
+
+def _frame(fields: Fields, session: Session, arguments: Json) -> tuple[Frame, tuple[bytes, bytes]]:
     """Tools and template arguments, with their identity."""
-    values = fields.values
-    arguments = dict(values.get("chat_template_kwargs", {}))
-    check_template_arguments(arguments, "chat_template_kwargs")
-    tools = bytes(fields.raw["tools"]) if values.get("tools") else b"[]"
-    effort = thinking_arguments(request.config.template_variables, effort=values.get("reasoning_effort"))
+    tools = bytes(fields.raw["tools"]) if fields.values.get("tools") else b"[]"
     try:
-        return request.session.frame(tools, msgspec.json.encode({**effort, **arguments}))
+        return session.frame(tools, msgspec.json.encode(arguments))
     except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(f"`tools` or `chat_template_kwargs`: {error}", param="tools") from None
 
@@ -265,10 +278,10 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
 
 
 def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    try:
-        return tuple(sorted((int(token_id), bias) for token_id, bias in biases.items()))
-    except ValueError:
-        raise RequestError("`logit_bias`: its keys must be token ids", param="logit_bias") from None
+    for token_id in biases:
+        if not _TOKEN_ID.fullmatch(token_id):
+            raise RequestError("`logit_bias`: its keys must be token ids", param="logit_bias")
+    return tuple(sorted((int(token_id), bias) for token_id, bias in biases.items()))
 
 
 def _messages(raws: list[Raw] | None, session: Session) -> list[Known]:
