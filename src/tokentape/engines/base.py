@@ -13,9 +13,10 @@ FinishReason = Literal["stop", "length"]
 class GenerateRequest:
     """One generation.
 
-    `rid` names it for an abort and must be unique while it runs. `sampling.max_tokens` must be set: engines
-    have surprising defaults (SGLang's is 128). With `stream` the tokens are yielded as they are sampled, else
-    at once. With `num_top_logprobs` every sampled token comes with that many of the engine's likeliest.
+    `rid` names it for an abort and must not be used again: two seconds after a stream has ended, SGLang
+    aborts whatever runs under its rid (observed). `sampling.max_tokens` must be set: engines have surprising
+    defaults (SGLang's is 128). With `stream` the tokens are yielded as they are sampled, else at once. With
+    `num_top_logprobs` every sampled token comes with that many of the engine's likeliest.
     """
 
     rid: str

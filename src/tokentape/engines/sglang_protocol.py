@@ -26,6 +26,7 @@ _CONSTRAINT_REFUSED = re.compile(
     r"Failed to compile \w+ grammar|Grammar-based generation|Grammar preprocessing timed out"
     r"|Grammar accept_token failed|(?:json_schema|structural_tag) is not supported"
 )
+_NOT_HELD = "the engine cannot hold the reply to what was asked of it"
 _CONTEXT_LENGTH = re.compile(r"(?:context length \(|maximum context length of )(\d+) tokens")
 _PROMPT_LENGTH = re.compile(r"input \((\d+) tokens\)|(\d+) tokens from the input")
 
@@ -223,6 +224,11 @@ class Completion:
         self._top_list = GrowingList("output_top_logprobs", _Tops)
 
     @property
+    def _is_constrained(self) -> bool:
+        sampling = self._request.sampling
+        return sampling.json_schema is not None or sampling.structural_tag is not None
+
+    @property
     def num_tokens(self) -> int:
         """How many tokens have been received and checked."""
         return len(self.ids)
@@ -315,7 +321,10 @@ class Completion:
             self._disagree(f"token {where} is {new[at]} in output_ids, {ids[at]} in output_token_logprobs")
         logprobs = [triple[0] for triple in triples]
         if None in logprobs:
-            self._disagree(f"the log-probability of token {self.num_tokens + logprobs.index(None)} is null")
+            what = f"the log-probability of token {self.num_tokens + logprobs.index(None)} is null"
+            if self._is_constrained:  # observed: the first event of a stream whose grammar allows no token
+                raise errors.RequestError(f"{_NOT_HELD}: {what}", param="response_format")
+            self._disagree(what)
         values = cast("list[float]", logprobs)
         if new and not (min(new) >= 0 and max(new) < self._vocab_size):
             self._disagree(f"sampled id {max(new)} is outside the vocabulary of {self._vocab_size} ids")
@@ -385,12 +394,11 @@ class Completion:
 
         Observed: SGLang compiles a constraint only after it took the request in. Whole, that fails with a
         status; streamed, with a 200 whose one event has finish_reason abort, the status in it and a token
-        that nobody asked for. A grammar that comes to allow no token at all (a `$ref` to itself) is a 500.
+        that nobody asked for. A grammar that comes to allow no token at all (a `$ref` to itself) is a 500, or
+        streamed an event whose log-probability is null.
         """
-        sampling = self._request.sampling
-        if (sampling.json_schema or sampling.structural_tag) and _CONSTRAINT_REFUSED.match(message):
-            what = f"the engine cannot hold the reply to what was asked of it: {message.strip()[:500]}"
-            return errors.RequestError(what, param="response_format")
+        if self._is_constrained and _CONSTRAINT_REFUSED.match(message):
+            return errors.RequestError(f"{_NOT_HELD}: {message.strip()[:500]}", param="response_format")
         return refusal(status, message, self.num_tokens)
 
     def _disagree(self, message: str) -> NoReturn:

@@ -253,11 +253,7 @@ def decode_body(raw: bytes) -> dict[str, Any]:
     """A JSON object, or `BadBodyError` in the words that SGLang's validation would use."""
     try:
         body: Any = msgspec.json.decode(raw or b"{}")
-    except (
-        msgspec.DecodeError,
-        UnicodeDecodeError,
-        RecursionError,
-    ) as error:  # RecursionError: nested too deep
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: nested too deep
         raise BadBodyError(
             "{'type': 'json_invalid', 'loc': ('body', 0), 'msg': 'JSON decode error', 'input': {}, "
             f"'ctx': {{'error': {str(error)!r}}}}}"
