@@ -289,10 +289,15 @@ class Tree:
             places = _follow(places, key)
             if not places:
                 break
-            ended = [place.turns[-1] for place in places if place.turns]
+            ended = [turn for place in places for turn in place.turns]
             if ended:
-                found, num_matched = max(ended, key=lambda turn: self._nodes[turn.turn_id].index), num_keys
+                found, num_matched = max(ended, key=lambda turn: self._preference(turn, key)), num_keys
         return found, num_matched
+
+    def _preference(self, turn: Turn, key: MessageKey) -> tuple[bool, int]:
+        """Of turns that say the same in the same place: that whose calls' ids are replayed, else the latest."""
+        ids = _ids(turn.reply)
+        return bool(ids) and ids == _ids(key.message), self._nodes[turn.turn_id].index
 
 
 def _follow(places: Sequence[_Place], key: MessageKey) -> list[_Place]:

@@ -579,3 +579,13 @@ def test_a_child_has_its_parents_frame() -> None:
 def test_a_root_has_a_reason() -> None:
     with pytest.raises(InternalError, match="without a reason"):
         Tree(()).commit(turn("a", branch_reason=None))
+
+
+def test_of_equal_replies_the_one_whose_calls_are_named_goes_on() -> None:
+    """Choices of one request may say the same in other tokens: the ids tell which of them the agent took."""
+    recorder = Recorder()
+    first = recorder.run([user("u")], said(None, call(id="c1")))
+    second = recorder.run([user("u")], said(None, call(id="c2")))
+    for named, taken in (("c1", first), ("c2", second), ("x", second)):
+        history = [user("u"), said(None, call(id=named)), result("r", named)]
+        assert recorder.plan(history)[:2] == (taken, 2)
