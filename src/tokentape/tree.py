@@ -295,7 +295,7 @@ class Tree:
         return found, num_matched
 
     def _preference(self, turn: Turn, key: MessageKey) -> tuple[bool, int]:
-        """Of turns that say the same in the same place: that whose calls' ids are replayed, else the latest."""
+        """Of turns that say the same in one place: the one whose call ids are replayed, else the latest."""
         ids = _ids(turn.reply)
         return bool(ids) and ids == _ids(key.message), self._nodes[turn.turn_id].index
 
