@@ -6,7 +6,13 @@ BIN := $(VENV)/bin
 LIVE_DIR ?= $(HOME)/.cache/tokentape/live
 ENGINES ?= ../shared/engines
 
-.PHONY: demo test check live bench format clean
+# Letta's agent server has pins of its own: a virtual environment for it alone, one a version, and a home for
+# what it writes to ~/.letta. Its database is SQLite, whatever the shell says.
+LETTA ?= 0.16.8
+LETTA_DIR := $(LIVE_DIR)/letta-$(LETTA)
+IN_LETTA := HOME=$(LETTA_DIR)/home LETTA_PG_URI= $(LETTA_DIR)/bin
+
+.PHONY: demo test check live letta bench format clean
 
 demo: $(VENV)/ready
 	$(BIN)/tokentape demo
@@ -21,7 +27,13 @@ check: $(VENV)/ready
 	$(BIN)/pytest tests/project
 
 live: $(VENV)/ready $(LIVE_DIR)/ready
+	PYTHON=$(PYTHON) sh tests/agents/install.sh $(LIVE_DIR)/agents
 	TOKENTAPE_LIVE_DIR=$(LIVE_DIR) TOKENTAPE_ENGINES=$(ENGINES) $(BIN)/pytest -m live
+
+letta: $(LETTA_DIR)/ready
+	$(LETTA_DIR)/bin/pip install -q --no-deps -e .
+	$(IN_LETTA)/pytest -p no:cacheprovider tests/adapters
+	$(IN_LETTA)/python tests/adapters/letta_demo.py
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/bench.py
@@ -44,4 +56,13 @@ $(LIVE_DIR)/ready: | $(ENGINES)/setup_sglang_cpu.sh
 	bash $(ENGINES)/setup_sglang_cpu.sh $(LIVE_DIR)/sglang
 	rm -rf $(LIVE_DIR)/smollm2
 	bash $(ENGINES)/make_smollm2.sh $(LIVE_DIR)/sglang $(LIVE_DIR)/smollm2
+	touch $@
+
+$(LETTA_DIR)/ready: pyproject.toml
+	$(PYTHON) -m venv $(LETTA_DIR)
+	mkdir -p $(LETTA_DIR)/home
+	$(LETTA_DIR)/bin/pip install -q --upgrade 'pip>=25.1'
+	grep '^torch==' constraints.txt > $(LETTA_DIR)/constraints.txt
+	$(LETTA_DIR)/bin/pip install -q -c $(LETTA_DIR)/constraints.txt 'letta==$(LETTA)' transformers asyncpg pgvector \
+		aiosqlite sqlite-vec -e . pytest pytest-asyncio
 	touch $@

@@ -1,4 +1,4 @@
-"""A drop-in for Letta's `SGLangNativeAdapter` whose every token is recorded. Works with letta 0.16.7 and 0.16.8.
+"""A drop-in for Letta's `SGLangNativeAdapter` that records every token. For letta 0.16.7 and 0.16.8.
 
     Letta's agent loop ─▶ SGLangNativeAdapter.invoke_llm ─▶ Session.chat ─▶ SGLang /generate
           turns ◀─ output_ids, output_token_logprobs ◀─┘         └─▶ tapes: Tapes.samples(agent_id)
@@ -15,14 +15,10 @@ branch starts and says why. Importing this module imports Letta, which tokentape
 # pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownMemberType=false
 # pyright: reportUnknownParameterType=false, reportUnknownArgumentType=false, reportUntypedBaseClass=false
 # (Letta is not installed where this is checked: it lives in an environment of its own)
-import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import uuid
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 from letta import errors as letta_errors
 from letta.adapters.simple_llm_request_adapter import SimpleLLMRequestAdapter
@@ -42,17 +38,18 @@ from letta.schemas.openai.chat_completion_response import (
 from letta.schemas.openai.chat_completion_response import Message as ChoiceMessage
 from letta.schemas.usage import LettaUsageStatistics
 
-import tokentape
-from tokentape import errors
-from tokentape.adapters.letta_messages import Replies, chat_messages, chat_tools
+from tokentape import Reply, errors
+from tokentape.adapters.letta_messages import chat_messages, chat_tools
+from tokentape.adapters.letta_tapes import LettaConfig, Tapes
 from tokentape.types import Json
+
+__all__ = ["LettaConfig", "SGLangNativeAdapter", "Tapes", "install", "letta_error"]
 
 logger = get_logger(__name__)
 
-# How Letta names a kind of tool call in `model_settings.tool_call_parser` → how tokentape does.
-TOOL_FORMATS: Mapping[str, str] = {"qwen25": "hermes", "qwen": "hermes", "hermes": "hermes"}
-# Not for the engine: what Letta does itself, and what a session does in any case.
-_LETTAS_OWN = ("messages", "tools", "model", "stream", "stream_options", "logprobs", "parallel_tool_calls")
+# Not asked of tokentape. Letta itself runs only the first call where it wants one at most: to stop the model
+# there would cut calls that have `</tool_call>` in an argument, and never train the end of such a turn.
+_LETTAS_OWN = ("messages", "tools", "model", "stream", "stream_options", "parallel_tool_calls")
 _ERRORS: Sequence[tuple[type[errors.TokentapeError], type[Exception]]] = (
     (errors.Unauthorized, letta_errors.LLMAuthenticationError),
     (errors.NotFound, letta_errors.LLMNotFoundError),
@@ -66,145 +63,12 @@ _ERRORS: Sequence[tuple[type[errors.TokentapeError], type[Exception]]] = (
 """tokentape's error → Letta's, the first that fits. Context overflow and configuration are made by hand."""
 
 
-def by_agent(adapter: "SGLangNativeAdapter") -> str | None:
-    """The session of a call: its agent's. An adapter without an agent has a session of its own."""
-    return adapter.agent_id
-
-
-@dataclass(frozen=True, slots=True)
-class LettaConfig:
-    """How Letta's calls are recorded.
-
-    `models` maps Letta's model names to a model directory or hub id, for tokenizer and chat template; a name
-    that is not in it is taken for one itself. `store` is a file that keeps all sessions, None for memory.
-    `history` "preserve" keeps each thought where it was sampled, so that a step extends the one before;
-    "template" lets the chat template drop it, and starts a branch there. `sampling` is what holds where
-    Letta's request says nothing. `session_of` names the session of a call.
-    """
-
-    models: Mapping[str, str] = field(default_factory=dict[str, str])
-    store: Path | str | None = None
-    history: str = "preserve"
-    tool_format: str = "auto"
-    reasoning_format: str = "auto"
-    sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    session_of: "Callable[[SGLangNativeAdapter], str | None]" = by_agent
-
-
-class _Episode:
-    """One session, and what Letta forgets of it."""
-
-    def __init__(self, session: Any) -> None:
-        self.session = session
-        self.replies = Replies()
-
-    async def chat(self, messages: Sequence[Json], tools: Sequence[Json], fields: Json) -> Any:
-        sent = self.replies.put_back(messages)
-        reply = await self.session.chat(sent, tools=tools or None, **fields)
-        self.replies.add(sent, reply.message)
-        return reply
-
-
-@dataclass(eq=False, slots=True)
-class _Open:
-    """What is open on one event loop: recorders by model, endpoint and tool format; episodes by session id."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
-    recorders: dict[tuple[str, str, str], Any] = field(default_factory=dict[tuple[str, str, str], Any])
-    episodes: dict[str, _Episode] = field(default_factory=dict[str, _Episode])
-
-
-class Tapes:
-    """All that the adapters of one installation share: connections, tokenizers, sessions."""
-
-    def __init__(self, config: LettaConfig) -> None:
-        self.config = config
-        self._open: WeakKeyDictionary[asyncio.AbstractEventLoop, _Open] = WeakKeyDictionary()
-
-    async def samples(self, session_id: str) -> list[Json]:
-        """The tapes of a session (an agent's id, unless configured otherwise): token ids, mask, and so on.
-
-        Raises:
-            NotFound: nothing was sampled for it since the process started.
-        """
-        return await self._episode(session_id).session.samples()
-
-    async def finish(
-        self, session_id: str, *, reward: float | None = None, metadata: Mapping[str, Any] | None = None
-    ) -> Json:
-        """Close a session with its reward, and return its summary. The agent's next call will be refused.
-
-        Raises:
-            NotFound: nothing was sampled for it since the process started.
-        """
-        return await self._episode(session_id).session.finish(reward=reward, metadata=metadata or {})
-
-    async def aclose(self) -> None:
-        """Close connections and store. Calls that come later open them again."""
-        opened = self._open.pop(asyncio.get_running_loop(), None)
-        if opened is not None:
-            await opened.stack.aclose()
-
-    async def episode(self, adapter: "SGLangNativeAdapter", session_id: str | None) -> _Episode:
-        """The episode of a call, opened on demand.
-
-        Raises:
-            ConfigError: the model directory or the store cannot be used.
-        """
-        opened = self._opened()
-        if session_id is not None and session_id in opened.episodes:
-            return opened.episodes[session_id]
-        recorder = await self._recorder(opened, adapter)
-        about = {
-            "agent_id": adapter.agent_id,
-            "agent_tags": adapter.agent_tags,
-            "run_id": adapter.run_id,
-            "model": adapter.llm_config.model,
-            "handle": adapter.llm_config.handle,
-        }
-        metadata = {"letta": {key: value for key, value in about.items() if value is not None}}
-        session = recorder.session(
-            session_id=session_id, metadata=metadata, sampling=dict(self.config.sampling)
-        )
-        return opened.episodes.setdefault(session.session_id, _Episode(session))
-
-    async def _recorder(self, opened: _Open, adapter: "SGLangNativeAdapter") -> Any:
-        name = adapter.llm_config.model
-        model = self.config.models.get(name) or _model_of(name)
-        tool_format = _tool_format(adapter.model_settings) or self.config.tool_format
-        key = model, _endpoint(adapter.llm_config.model_endpoint), tool_format
-        async with opened.lock:  # calls that come at the same time open it once
-            if key not in opened.recorders:
-                opened.recorders[key] = await opened.stack.enter_async_context(
-                    tokentape.open(
-                        model=model,
-                        engine=key[1],
-                        store=self.config.store,
-                        history=self.config.history,
-                        tool_format=tool_format,
-                        reasoning_format=self.config.reasoning_format,
-                    )
-                )
-        return opened.recorders[key]
-
-    def _episode(self, session_id: str) -> _Episode:
-        episode = self._opened().episodes.get(session_id)
-        if episode is None:
-            raise errors.NotFound(f"no session {session_id!r} in this process")
-        return episode
-
-    def _opened(self) -> _Open:
-        """What is open on the running loop: connections cannot move to another."""
-        return self._open.setdefault(asyncio.get_running_loop(), _Open())
-
-
 class SGLangNativeAdapter(SimpleLLMRequestAdapter):
     """Letta's adapter of this name, token-exact: same arguments, same attributes after a call.
 
     Beyond those, after a call: `reply` (tokentape's, with the turn), `prompt_ids` int[P], all that the engine
-    was sent, `bridge_ids`, the end of it that is new since the turn before (all of it at a branch), and
-    `session_id`. Before the first call, and after one that failed, none of it is set.
+    was sent, and `bridge_ids`, the end of it that is new since the turn before (all of it at a branch).
+    Before the first call, and after one that failed, they are None. `session_id` is set by the first call.
     """
 
     tapes: ClassVar[Tapes] = Tapes(LettaConfig())
@@ -235,8 +99,9 @@ class SGLangNativeAdapter(SimpleLLMRequestAdapter):
         self.request_data = request_data
         try:
             chat = request_data.get("messages") or _letta_messages(messages)
-            episode = await self.tapes.episode(self, self.session_id or self.tapes.config.session_of(self))
-            self.session_id = episode.session.session_id
+            named = self.session_id or self.tapes.config.session_of(self)
+            self.session_id = named or f"letta-{uuid.uuid4().hex}"
+            episode = await self.tapes.episode(self, self.session_id)
             reply = await episode.chat(
                 chat_messages(chat),
                 chat_tools(request_data.get("tools") or tools or ()),
@@ -260,7 +125,7 @@ class SGLangNativeAdapter(SimpleLLMRequestAdapter):
 
     def _forget(self) -> None:
         """Nothing of an earlier call may be taken for this one's."""
-        self.reply: Any = None
+        self.reply: Reply | None = None
         self.prompt_ids: list[int] | None = None
         self.bridge_ids: list[int] | None = None
         self.message_id = self.request_data = self.response_data = self.chat_completions_response = None
@@ -269,15 +134,15 @@ class SGLangNativeAdapter(SimpleLLMRequestAdapter):
         self.output_ids = self.output_token_logprobs = self.llm_request_finish_timestamp_ns = None
         self.usage = LettaUsageStatistics()
 
-    def _remember(self, reply: Any) -> None:
+    def _remember(self, reply: Reply) -> None:
         self.llm_request_finish_timestamp_ns = get_utc_timestamp_ns()
         self.reply = reply
         self.prompt_ids = reply.prompt_ids
         self.bridge_ids = reply.turn.prompt.ids.tolist()
         self.output_ids = list(reply.completion_ids)
-        pairs = list(zip(reply.logprobs, self.output_ids, strict=True))
+        pairs = zip(reply.logprobs, self.output_ids, strict=True)
         self.output_token_logprobs = [[logprob, token_id, None] for logprob, token_id in pairs]
-        response = self.chat_completions_response = _completion(reply, pairs, self.llm_config.model)
+        response = self.chat_completions_response = _completion(reply, self.llm_config.model)
         message = response.choices[0].message
         thought = message.reasoning_content
         self.reasoning_content = [ReasoningContent(reasoning=thought, is_native=True)] if thought else None
@@ -305,7 +170,7 @@ def install(config: LettaConfig | None = None, **options: Any) -> Tapes:
     from letta.agents import letta_agent_v3
 
     tapes = Tapes(config or LettaConfig(**options))
-    adapter = type("SGLangNativeAdapter", (SGLangNativeAdapter,), {"tapes": tapes})
+    adapter = type("SGLangNativeAdapter", (SGLangNativeAdapter,), {"tapes": tapes, "__module__": __name__})
     letta_agent_v3.SGLangNativeAdapter = sglang_native_adapter.SGLangNativeAdapter = adapter
     return tapes
 
@@ -317,15 +182,18 @@ def letta_error(error: errors.TokentapeError) -> Exception:
         return letta_errors.ContextWindowExceededError(str(error), details=details)
     if isinstance(error, errors.ConfigError):
         return letta_errors.LettaConfigurationError(str(error))
-    kind = next(theirs for ours, theirs in _ERRORS if isinstance(error, ours))
+    kind: Any = next(theirs for ours, theirs in _ERRORS if isinstance(error, ours))
     return kind(f"{error.kind}: {error}", details=details)
 
 
-def _completion(reply: Any, pairs: Sequence[tuple[float, int]], model: str) -> ChatCompletionResponse:
-    said = reply.message
+def _completion(reply: Reply, model: str) -> ChatCompletionResponse:
+    said, asked = reply.message, reply.body["choices"][0]["logprobs"]
+    others = [entry["top_logprobs"] for entry in asked["content"]] if asked else None
     tokens = [
-        ChatCompletionTokenLogprob(token=str(token_id), logprob=logprob, bytes=None, top_logprobs=[])
-        for logprob, token_id in pairs
+        ChatCompletionTokenLogprob(
+            token=str(token_id), logprob=logprob, bytes=None, top_logprobs=others[at] if others else []
+        )
+        for at, (token_id, logprob) in enumerate(zip(reply.completion_ids, reply.logprobs, strict=True))
     ]
     message = ChoiceMessage(
         role="assistant",
@@ -355,7 +223,7 @@ def _completion(reply: Any, pairs: Sequence[tuple[float, int]], model: str) -> C
     )
 
 
-def _trace(reply: Any, response: ChatCompletionResponse, session_id: str | None) -> Json:
+def _trace(reply: Reply, response: ChatCompletionResponse, session_id: str | None) -> Json:
     """What Letta's provider trace keeps of a call: the reply, and every token that was new in it."""
     turn = reply.turn
     return {
@@ -383,6 +251,8 @@ def _fields(request_data: Json) -> Json:
     extra = dict(fields.pop("extra_body", {}))  # as the OpenAI client sends it: fields like the others
     if "chat_template_args" in extra:  # another server's name for it
         extra["chat_template_kwargs"] = extra.pop("chat_template_args")
+    if not fields.get("top_logprobs"):
+        fields.pop("logprobs", None)  # the reply has those of the sampled tokens in any case
     return {**fields, **extra}
 
 
@@ -391,28 +261,3 @@ def _letta_messages(messages: list[Any]) -> list[Any]:
     if messages and all(isinstance(message, Message) for message in messages):
         return Message.to_openai_dicts_from_list(messages)
     return messages
-
-
-def _endpoint(url: str | None) -> str:
-    return (url or "").rstrip("/").removesuffix("/v1").rstrip("/")
-
-
-def _model_of(name: str) -> str:
-    """The tokenizer's directory or hub id: of `sglang//models/qwen` it is `/models/qwen`, as with Letta."""
-    before, slashes, path = name.partition("//")
-    return f"/{path}" if before and slashes and path else name
-
-
-def _tool_format(model_settings: Any) -> str | None:
-    """The tool format that the agent's settings name, None where they name none.
-
-    Raises:
-        ConfigError: it is none that tokentape knows.
-    """
-    name = model_settings.tool_call_parser if hasattr(model_settings, "tool_call_parser") else None
-    if not name:
-        return None
-    if name not in TOOL_FORMATS:
-        known = ", ".join(sorted(TOOL_FORMATS))
-        raise errors.ConfigError(f"tool_call_parser {name!r} is not supported: choose from {known}")
-    return TOOL_FORMATS[name]

@@ -51,8 +51,9 @@ def chat_messages(messages: Sequence[Any]) -> list[Json]:
             if call_id in waiting:
                 waiting.remove(call_id)
             out["tool_call_id"] = call_id
-            if name := _field(message, "name"):
-                out["name"] = name
+        name = _field(message, "name")
+        if name and out["role"] in ("tool", "user"):
+            out["name"] = name
         chat.append(out)
     return chat
 
@@ -118,7 +119,7 @@ def _same_call(copy: Json, sampled: Json | None) -> bool:
     if copy["arguments"] == sampled["arguments"]:
         return True
     arguments = copy["arguments"]
-    loaded = arguments if isinstance(arguments, dict) else _loaded(arguments)
+    loaded = cast("Json", arguments) if isinstance(arguments, dict) else _loaded(arguments)
     original = _loaded(sampled["arguments"])
     as_run = (
         _loaded(sampled["arguments"].split("}{", 1)[0] + "}") if "}{" in sampled["arguments"] else original
@@ -133,7 +134,7 @@ def _loaded(arguments: str) -> Json | None:
         value = json.loads(arguments)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return cast("Json", value) if isinstance(value, dict) else None
 
 
 def _field(value: Any, name: str) -> Any:
@@ -173,7 +174,7 @@ def _content(content: Any, where: str) -> tuple[str | None, str | None]:
 
 
 def _call(call: Any, index: int, number: int) -> Json:
-    function = _field(call, "function") or {}
+    function: Any = _field(call, "function") or {}
     arguments = _field(function, "arguments")
     return {
         "id": _field(call, "id") or f"call_{index}_{number}",
