@@ -193,12 +193,13 @@ class Renderer:
         # Harmony shows a call's name with its result: the names are untrusted text of the bridge, too.
         names: Json = {"role": "assistant", "names": [call.name for call in ended.message.tool_calls]}
         plain = [names, *(self.template.to_json(m) for m in new)]
-        _, dicts, marking = mark_untrusted(self.tokenizer, (), plain)
-        stand_in = Frame(self._tools if frame.tools else (), frame.arguments)
+        [arguments], dicts, marking = mark_untrusted(self.tokenizer, [dict(frame.arguments)], plain)
+        stand_in = Frame(self._tools if frame.tools else (), arguments)
         seam = self._find_seam(stand_in, outline, ended, dicts)
         if isinstance(seam, _Seam) and self._tool_name in seam.bridge:  # Mistral repeats tools with each user
-            tools, dicts, marking = mark_untrusted(self.tokenizer, frame.tools, plain)
-            seam = self._find_seam(Frame(tuple(tools), frame.arguments), outline, ended, dicts)
+            context = [dict(frame.arguments), *frame.tools]
+            [arguments, *tools], dicts, marking = mark_untrusted(self.tokenizer, context, plain)
+            seam = self._find_seam(Frame(tuple(tools), arguments), outline, ended, dicts)
         if isinstance(seam, NotExtendable):
             return seam
         return self._encode(seam.bridge, marking, after=seam.stop)
