@@ -306,3 +306,39 @@ async def test_the_stop_token_never_leaks(fake: FakeSGLang, gateway: Gateway) ->
         events = [e async for e in gateway.events(session_id, {"messages": [USER], "stop_token_ids": [40]})]
         assert (joined(events)["choices"][0]["message"]["content"] or "") == text
         assert "<|" not in json.dumps(events)
+
+
+async def test_calls_leave_only_when_the_turn_is_durable(
+    fake: FakeSGLang, gateway: Gateway, store: Path
+) -> None:
+    """Agents run a call as soon as they have read it."""
+    session_id = await gateway.create()
+    fake.script(*(sampled("hello " + call("weather", {"city": "x"})) for _ in range(2)))
+    body = {"messages": [USER], "tools": [WEATHER]}
+    with broken(store):
+        lost = [e async for e in gateway.events(session_id, body)]
+    assert "error" in lost[-1]
+    assert not any("tool_calls" in c["delta"] for e in lost[:-1] for c in e["choices"])
+    kept = joined([e async for e in gateway.events(session_id, body)])
+    assert len(kept["choices"][0]["message"]["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_finish_during_the_commit(
+    fake: FakeSGLang, gateway: Gateway, store: Path, stream: bool
+) -> None:
+    """Too late to stop it: the turn is part of the session, and its caller gets it."""
+    session_id = await gateway.create()
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")  # the gateway's own transaction has to wait
+        running = asyncio.create_task(gateway.chat(session_id, [USER], stream=stream))
+        await fake.until(lambda: len(fake.requests) == 1)
+        await asyncio.sleep(0.1)
+        finishing = asyncio.create_task(gateway.ok("POST", f"/sessions/{session_id}/finish", {"reward": 1}))
+        await asyncio.sleep(0.1)
+        assert not running.done()
+        connection.execute("COMMIT")
+        reply, summary = await asyncio.gather(running, finishing)
+    assert (summary["turns"], summary["failures"]) == (1, {})
+    [sample] = await gateway.samples(session_id)
+    assert sample["sample_id"] == reply["tokentape"]["turn_id"]

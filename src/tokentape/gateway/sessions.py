@@ -362,8 +362,11 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
         raise RequestError("the metadata key `tokentape` is the gateway's own", param="metadata.tokentape")
 
 
-async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Await work that must not stop half-way: a caller cancelled meanwhile is so only after its end."""
+async def to_the_end(work: Coroutine[Any, Any, _T], *, then_cancel: bool = True) -> _T:
+    """Await work that must not stop half-way: a caller cancelled meanwhile is so only after its end.
+
+    Without `then_cancel` it has come too late: the caller goes on with the result.
+    """
     task = asyncio.ensure_future(work)
     cancelled = False
     while not task.done():
@@ -371,7 +374,7 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
             await asyncio.wait({task})
         except asyncio.CancelledError:
             cancelled = True
-    if cancelled:
+    if cancelled and then_cancel:
         task.exception()  # somebody has looked at it
         raise asyncio.CancelledError
     return task.result()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 import time
@@ -20,7 +21,7 @@ from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, Tur
 from tokentape.gateway.plan import Plan, Planner
 from tokentape.gateway.sessions import Session, Sessions, to_the_end
 from tokentape.metrics import Metrics
-from tokentape.parse import ParseEvent, Parser, ParseResult
+from tokentape.parse import CallDelta, ParseEvent, Parser, ParseResult
 from tokentape.render import Frame, Renderer
 from tokentape.store import Store
 from tokentape.tape import Turn, prompt_after
@@ -115,18 +116,21 @@ class Turns:
         plan = self.planner.plan(session, request)
         turn_ids = tuple(_new_turn_id() for _ in range(request.num_choices))
         num_tokens = 0
+        calls: list[Progress] = []
 
-        async def count(event: Event) -> None:
+        async def forward(event: Event) -> None:
             nonlocal num_tokens
-            num_tokens += len(event.ids) if isinstance(event, Progress) else 0
+            if isinstance(event, Progress):
+                num_tokens += len(event.ids)
+                event = _without_calls(event, calls)
             if request.stream:
                 await emit(event)
 
         self._metrics.active_turns.inc()
         try:
-            await count(Started(turn_ids, len(plan.prompt), time.time()))
+            await forward(Started(turn_ids, len(plan.prompt), time.time()))
             async with _deadline(session):
-                sampled = await self._sample(request, plan, turn_ids, count)
+                sampled = await self._sample(request, plan, turn_ids, forward)
         except asyncio.CancelledError:
             await self.fail(session, session.cancelled(), num_tokens)
             raise
@@ -144,8 +148,12 @@ class Turns:
             raise bug from error
         finally:
             self._metrics.active_turns.dec()
-        # To the end even if the client leaves meanwhile: a durable turn is always in the tree.
-        turns = await to_the_end(self._commit(session, request, plan, turn_ids, sampled))
+        # To the end even if everybody leaves or the session is being ended: a durable turn is in the tree, and
+        # whoever asked for it still gets it.
+        turns = await to_the_end(self._commit(session, request, plan, turn_ids, sampled), then_cancel=False)
+        if request.stream:
+            for held in calls:  # agents run a call as soon as they have read it: not before it is durable
+                await emit(held)
         self._metrics.turn_seconds.observe(time.monotonic() - began)
         return [
             Done(turn, plan.prompt, _usage(turn, plan.prompt), one.top)
@@ -336,6 +344,16 @@ async def _deadline(session: Session) -> AsyncGenerator[None]:
             yield
     except TimeoutError:
         raise LimitReached(f"session {session.session_id!r} has reached its deadline") from None
+
+
+def _without_calls(progress: Progress, calls: list[Progress]) -> Progress:
+    """Progress without its tool calls; these are put aside."""
+    found = [event for event in progress.events if isinstance(event, CallDelta)]
+    if not found:
+        return progress
+    calls.append(Progress(progress.choice, (), (), found))
+    rest = [event for event in progress.events if not isinstance(event, CallDelta)]
+    return dataclasses.replace(progress, events=rest)
 
 
 def _of_choice(sampling: Sampling, choice: int) -> Sampling:
