@@ -13,7 +13,7 @@ import aiohttp
 from openai import AsyncOpenAI
 
 from tokentape.engines.sglang import SGLangConfig
-from tokentape.gateway.app import GatewayConfig
+from tokentape.gateway.parts import GatewayConfig
 from tokentape.gateway.service import ServiceConfig, running
 from tokentape.testing import FakeSGLang, Reply, byte_level_tokenizer, pseudo_logprob
 

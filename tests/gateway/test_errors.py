@@ -195,15 +195,70 @@ BAD_BODIES: dict[str, tuple[Any, str | None]] = {
     "stream: string": (chat(stream="yes"), "stream"),
     "stream_options: list": (chat(stream_options=[]), "stream_options"),
     "logprobs: number": (chat(logprobs=5), "logprobs"),
-    "n=2": (chat(n=2), "n"),
-    "json_schema": (chat(response_format={"type": "json_schema"}), "response_format"),
-    "logit_bias": (chat(logit_bias={"1": 1}), "logit_bias"),
-    "tool_choice required": (chat(tools=[WEATHER], tool_choice="required"), "tool_choice"),
-    "tool_choice a tool": (
-        chat(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "weather"}}),
+    "n: 0": (chat(n=0), "n"),
+    "n: 129": (chat(n=129), "n"),
+    "n: float": (chat(n=1.0), "n"),
+    "n: string": (chat(n="1"), "n"),
+    "top_logprobs alone": (chat(top_logprobs=5), "top_logprobs"),
+    "top_logprobs without logprobs": (chat(top_logprobs=5, logprobs=False), "top_logprobs"),
+    "top_logprobs 21": (chat(top_logprobs=21, logprobs=True), "top_logprobs"),
+    "top_logprobs -1": (chat(top_logprobs=-1, logprobs=True), "top_logprobs"),
+    "json_schema without one": (chat(response_format={"type": "json_schema"}), "response_format.json_schema"),
+    "json_schema without schema": (
+        chat(response_format={"type": "json_schema", "json_schema": {"name": "x"}}),
+        "response_format.json_schema",
+    ),
+    "json_schema: list": (
+        chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": []}}),
+        "response_format",
+    ),
+    "json_schema too deep": (
+        b'{"messages": [{"role":"user","content":"x"}], "response_format": {"type": "json_schema",'
+        b'"json_schema": {"name": "x", "schema": {"x": ' + nested(DEEP) + b"}}}}",
+        None,
+    ),
+    "json_schema that cannot be kept": (
+        chat(
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "integer", "multipleOf": 7}},
+            }
+        ),
+        "response_format",
+    ),
+    "response_format nonsense": (chat(response_format={"type": "yaml"}), "response_format"),
+    "response_format: string": (chat(response_format="json_object"), "response_format"),
+    "logit_bias: list": (chat(logit_bias=[1]), "logit_bias"),
+    "logit_bias: words": (chat(logit_bias={"hello": 1}), "logit_bias"),
+    "logit_bias: too strong": (chat(logit_bias={"1": 101}), "logit_bias"),
+    "logit_bias: null": (chat(logit_bias={"1": None}), "logit_bias"),
+    "logit_bias: negative id": (chat(logit_bias={"-1": 1}), "logit_bias"),
+    "logit_bias: no such id": (chat(logit_bias={"100000": 1}), "logit_bias"),
+    "logit_bias: huge id": (chat(logit_bias={"9" * 5000: 1}), "logit_bias"),
+    "logit_bias: an id twice": (chat(logit_bias={"1": 1, "01": 2}), "logit_bias"),
+    "logit_bias: an id with blanks": (chat(logit_bias={" 1_0 ": 1}), "logit_bias"),
+    "tool_choice required without tools": (chat(tool_choice="required"), "tool_choice"),
+    "tool_choice required of no tools": (chat(tools=[], tool_choice="required"), "tool_choice"),
+    "tool_choice of an unknown tool": (
+        chat(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "clock"}}),
+        "tool_choice",
+    ),
+    "tool_choice of a tool without tools": (
+        chat(tool_choice={"type": "function", "function": {"name": "clock"}}),
+        "tool_choice",
+    ),
+    "tool_choice of no name": (
+        chat(tools=[WEATHER], tool_choice={"type": "function", "function": {}}),
+        "tool_choice",
+    ),
+    "tool_choice of another type": (
+        chat(tools=[WEATHER], tool_choice={"type": "custom", "custom": {"name": "weather"}}),
         "tool_choice",
     ),
     "tool_choice nonsense": (chat(tool_choice=7), "tool_choice"),
+    "tool_choice a name": (chat(tools=[WEATHER], tool_choice="weather"), "tool_choice"),
+    "parallel_tool_calls: string": (chat(parallel_tool_calls="no"), "parallel_tool_calls"),
+    "reasoning_effort nonsense": (chat(reasoning_effort="a lot"), "reasoning_effort"),
     "tools: object": (chat(tools={}), "tools"),
     "tool: string": (chat(tools=["weather"]), "tools"),
     "tool without function": (chat(tools=[{"type": "function"}]), "tools"),
@@ -260,7 +315,6 @@ ODD_BODIES: dict[str, Any] = {
     "assistant without anything": chat(USER, {"role": "assistant"}, USER),
     "developer": chat({"role": "developer", "content": "x"}, USER),
     "keys of a model dump": chat({**USER, "name": None, "refusal": None, "audio": None}),
-    "n as float": chat(n=1.0),
     "nested template arguments": chat(chat_template_kwargs={"x": json.loads(nested(200))}),
     "nested tool": chat(
         tools=[{"type": "function", "function": {"name": "f", "parameters": {"x": json.loads(nested(200))}}}]
@@ -289,7 +343,7 @@ async def test_the_same_in_the_sdk(gateway: Gateway) -> None:
     session_id = await gateway.create()
     async with gateway.openai(session_id) as client:
         with pytest.raises(openai.BadRequestError) as raised:
-            await client.chat.completions.create(model="policy", messages=[USER], n=2)
+            await client.chat.completions.create(model="policy", messages=[USER], n=200)
         assert (raised.value.param, raised.value.code) == ("n", "request_error")
         assert raised.value.type == "invalid_request_error"
 

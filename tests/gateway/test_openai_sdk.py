@@ -116,13 +116,25 @@ async def test_stream_helper(
     await exact(fake, gateway, session_id, num_turns=2)
 
 
-async def test_structured_output_is_refused(client: AsyncOpenAI) -> None:
+async def test_structured_output(
+    fake: FakeSGLang, gateway: Gateway, client: AsyncOpenAI, session_id: str
+) -> None:
+    """`chat.completions.parse` sends the model's schema, and reads the reply with it."""
+
     class Weather(BaseModel):
         city: str
 
-    with pytest.raises(openai.BadRequestError) as raised:
-        await client.chat.completions.parse(model="policy", messages=[USER], response_format=Weather)
-    assert raised.value.param == "response_format"
+    fake.script(sampled('<think>\nthe user\n</think>\n\n{"city": "hello"}', seed=3), sampled("world"))
+    first = await client.chat.completions.parse(model="policy", messages=[USER], response_format=Weather)
+    message: Any = first.choices[0].message
+    assert message.parsed == Weather(city="hello")
+    [request] = fake.requests
+    assert '"city"' in request.sampling_params["structural_tag"]
+    await client.chat.completions.create(
+        model="policy", messages=[USER, message.model_dump(exclude={"parsed", "reasoning_content"}), USER]
+    )
+    samples = await gateway.samples(session_id)
+    assert_samples_match(seen_by(fake), samples, num_turns=2)
 
 
 async def test_other_resources_are_not_there(client: AsyncOpenAI) -> None:

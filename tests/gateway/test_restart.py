@@ -64,7 +64,8 @@ async def test_branches_and_failures_survive(fake: FakeSGLang, model_dir: Path, 
         agent = Agent(gateway, await gateway.create())
         await agent.turn(USER)
         await agent.turn(USER)
-        await gateway.chat(agent.session_id, [USER])
+        again = await gateway.chat(agent.session_id, [USER])
+        assert again["tokentape"]["branch_reason"] == "resampled"
         await fake.aclose()
         await gateway.post(agent.session_id, {"messages": [USER]})
         summary, samples = await gateway.show(agent.session_id), await gateway.samples(agent.session_id)
@@ -73,6 +74,9 @@ async def test_branches_and_failures_survive(fake: FakeSGLang, model_dir: Path, 
     async with gateway_for(fake.url, model_dir, store) as agent.gateway:
         assert await agent.gateway.show(agent.session_id) == summary
         assert await agent.gateway.samples(agent.session_id) == samples
+        # Nobody can know whether the last answer to this one was received: it is given once more, then anew.
+        reply = await agent.gateway.chat(agent.session_id, [USER])
+        assert reply["tokentape"] == again["tokentape"]
         reply = await agent.gateway.chat(agent.session_id, [USER])
         assert reply["tokentape"]["branch_reason"] == "resampled"
         assert_samples_match(

@@ -222,25 +222,39 @@ async def test_delete(fake: FakeSGLang, gateway: Gateway, store: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 async def test_finish_while_a_turn_runs(fake: FakeSGLang, gateway: Gateway, stream: bool) -> None:
-    """The turn comes too late: it is not committed, and that is recorded."""
+    """The turn is stopped, on the engine too; it is not committed, and that is recorded."""
     session_id = await gateway.create()
-    fake.script(sampled("hello world " * 3, seed=1, delay_s=0.01))
+    fake.script(sampled("hello world " * 30, seed=1, delay_s=0.01))
     running = asyncio.create_task(outcome(gateway, session_id, stream=stream))
-    await fake.until(lambda: len(fake.requests) == 1)
+    await fake.until(lambda: len(fake.requests) == 1 and (not stream or len(fake.requests[0].output_ids) > 3))
     finished = await gateway.ok("POST", f"/sessions/{session_id}/finish", {"reward": 1})
     assert finished["turns"] == 0
     assert await running == "session_closed"
     summary = await gateway.show(session_id)
     assert (summary["turns"], summary["failures"]) == (0, {"session_closed": 1})
     assert await gateway.samples(session_id) == []
+    assert fake.aborts == [fake.requests[0].rid]
+
+
+async def test_finish_before_a_stream_has_begun(fake: FakeSGLang, gateway: Gateway) -> None:
+    """It gets the status that a request without `stream` gets."""
+    session_id = await gateway.create()
+    fake.script(sampled("hello", delay_s=5))
+    running = asyncio.create_task(gateway.post(session_id, {"messages": [USER], "stream": True}))
+    await fake.until(lambda: len(fake.requests) == 1)
+    await gateway.ok("POST", f"/sessions/{session_id}/finish")
+    answer = await running
+    assert (answer.status, answer.error["code"]) == (409, "session_closed")
+    assert answer.headers["x-should-retry"] == "false"
 
 
 async def test_delete_while_a_turn_runs(fake: FakeSGLang, gateway: Gateway, store: Path) -> None:
     session_id = await gateway.create(session_id="x")
-    fake.script(sampled("hello world", seed=1, delay_s=0.01))
+    fake.script(sampled("hello world", seed=1, delay_s=0.5))
     running = asyncio.create_task(outcome(gateway, session_id, stream=False))
     await fake.until(lambda: len(fake.requests) == 1)
     await gateway.ok("DELETE", f"/sessions/{session_id}")
+    assert fake.aborts == [fake.requests[0].rid]
     await gateway.create(session_id="x")
     assert await running == "session_closed"
     summary = await gateway.show("x")
@@ -250,12 +264,13 @@ async def test_delete_while_a_turn_runs(fake: FakeSGLang, gateway: Gateway, stor
         assert connection.execute("SELECT count(*) FROM failures").fetchone() == (0,)
 
 
-async def outcome(gateway: Gateway, session_id: str, *, stream: bool) -> str:
+async def outcome(gateway: Gateway, session_id: str, *, stream: bool, text: str = "hello") -> str:
     """The error code of a turn, or "ok"."""
+    body: Json = {"messages": [{"role": "user", "content": text}]}
     if stream:
-        events = [e async for e in gateway.events(session_id, {"messages": [USER]})]
+        events = [e async for e in gateway.events(session_id, body)]
         return events[-1]["error"]["code"] if "error" in events[-1] else "ok"
-    answer = await gateway.post(session_id, {"messages": [USER]})
+    answer = await gateway.post(session_id, body)
     return "ok" if answer.status == 200 else answer.error["code"]
 
 
@@ -276,7 +291,9 @@ async def test_max_turns(fake: FakeSGLang, gateway: Gateway) -> None:
 async def test_max_turns_holds_for_turns_side_by_side(fake: FakeSGLang, gateway: Gateway) -> None:
     session_id = await gateway.create(max_turns=2)
     fake.script(*(sampled("hello world", seed=n, delay_s=0.01) for n in range(5)))
-    outcomes = await asyncio.gather(*(outcome(gateway, session_id, stream=bool(n % 2)) for n in range(5)))
+    outcomes = await asyncio.gather(
+        *(outcome(gateway, session_id, stream=bool(n % 2), text=f"hello {n}") for n in range(5))
+    )
     assert sorted(outcomes) == ["limit_reached"] * 3 + ["ok"] * 2
     assert (await gateway.show(session_id))["turns"] == 2
 
@@ -343,7 +360,8 @@ async def test_auto_sessions(fake: FakeSGLang, model_dir: Path, store: Path) -> 
             assert (await gateway.request("GET", path)).status == 404  # a question makes nothing
         assert (await gateway.request("POST", "/sessions/typo/finish")).status == 404
         assert (await gateway.ok("GET", "/sessions"))["sessions"] == []
-        answers = await asyncio.gather(*(gateway.post("new", {"messages": [USER]}) for _ in range(4)))
+        bodies = [{"messages": [{"role": "user", "content": f"hello {n}"}]} for n in range(4)]
+        answers = await asyncio.gather(*(gateway.post("new", body) for body in bodies))
         assert [a.status for a in answers] == [200] * 4
         assert (await gateway.show("new"))["turns"] == 4
         assert (await gateway.post("b%20d", {"messages": [USER]})).status == 400

@@ -148,8 +148,8 @@ class Turns:
             raise bug from error
         finally:
             self._metrics.active_turns.dec()
-        # To the end even if everybody leaves or the session is being ended: a durable turn is in the tree, and
-        # whoever asked for it still gets it.
+        # To the end even if everybody leaves, or the session is being ended: a durable turn is in the tree,
+        # and whoever asked for it gets it.
         turns = await to_the_end(self._commit(session, request, plan, turn_ids, sampled), then_cancel=False)
         if request.stream:
             for held in calls:  # agents run a call as soon as they have read it: not before it is durable
