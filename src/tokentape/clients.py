@@ -11,15 +11,17 @@ import contextlib
 import functools
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
 import msgspec
 
-from tokentape.errors import ConfigError, NotFound, RequestError
+from tokentape.errors import ConfigError, NotFound, RequestError, TokentapeError
 from tokentape.gateway import agents
+from tokentape.gateway.api import Answering
 from tokentape.gateway.parts import Gateway
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.wire import Wire
@@ -36,17 +38,20 @@ _EVENTS = {"content-type": "text/event-stream"}
 
 
 class Pieces:
-    """A streamed reply on its way to its one reader. `delivered` is called when the last piece was taken.
+    """A streamed reply on its way to its one reader; it is delivered when the last piece was taken.
 
     Pieces wait here until they are taken, so that it is known which one is the last: the SDKs leave without
     asking for another. Closing before the end aborts the turn.
     """
 
-    def __init__(self, pieces: AsyncGenerator[bytes], delivered: Callable[[], None]) -> None:
-        self._delivered = delivered
+    def __init__(self, answering: AbstractAsyncContextManager[Answering]) -> None:
         self._waiting: deque[bytes] = deque()
+        self._is_over = False
+        self._error: TokentapeError | None = None
+        self._answering: Answering | None = None
         self._news = asyncio.Event()
-        self._task = asyncio.ensure_future(self._fill(pieces))
+        self._taken = asyncio.Event()
+        self._task = asyncio.ensure_future(self._fill(answering))
 
     async def begun(self) -> None:
         """Wait for the first piece.
@@ -54,11 +59,11 @@ class Pieces:
         Raises:
             TokentapeError: there is none.
         """
-        while not self._waiting and not self._task.done():
+        while not self._waiting and not self._is_over:
             self._news.clear()
             await self._news.wait()
-        if not self._waiting and not self._task.cancelled():
-            self._task.result()
+        if not self._waiting and self._error is not None:
+            raise self._error
 
     async def take(self, timeout_s: float | None) -> bytes:
         """The next piece, b"" at the end.
@@ -71,24 +76,29 @@ class Pieces:
         if not self._waiting:
             return b""
         piece = self._waiting.popleft()
-        if not self._waiting and self._task.done():
-            self._delivered()
+        if not self._waiting and self._is_over and self._answering is not None:
+            self._answering.delivered()
+            self._taken.set()
         return piece
 
     async def aclose(self) -> None:
         """Ask for no more."""
         self._task.cancel()
         await asyncio.wait({self._task})
-        if not self._task.cancelled():
-            self._task.exception()  # somebody has looked at it
 
-    async def _fill(self, pieces: AsyncGenerator[bytes]) -> None:
+    async def _fill(self, answering: AbstractAsyncContextManager[Answering]) -> None:
         try:
-            async with contextlib.aclosing(pieces):
+            async with answering as one, contextlib.aclosing(one.pieces()) as pieces:
                 async for piece in pieces:
                     self._waiting.append(piece)
                     self._news.set()
+                self._answering, self._is_over = one, True
+                self._news.set()
+                await self._taken.wait()  # until then it is being answered
+        except TokentapeError as error:
+            self._error = error
         finally:
+            self._is_over = True
             self._news.set()
 
 
@@ -146,12 +156,13 @@ class InProcess:
             asked = agents.Asked(self._gateway, session, request.content, request.headers, names, query)
             return _json(answer(asked))
         decoded = api.decode(answer, session, request.content, request.headers)
-        delivered = functools.partial(api.delivered, session, decoded)
+        answering = api.answering(session, decoded, request.headers)
         if not decoded.request.stream:
-            dones = await api.whole(session, decoded, request.headers)
-            delivered()
+            async with answering as one:
+                dones = await one.dones()
+                one.delivered()
             return Answer(200, _JSON, decoded.writer.whole(dones))
-        pieces = Pieces(api.stream(session, decoded, request.headers), delivered)
+        pieces = Pieces(answering)
         try:
             await pieces.begun()
         except BaseException:

@@ -126,8 +126,9 @@ class RecordedSession:
         session = await self._opened()
         api = self._recorder.gateway.api
         decoded = api.decode(chat.WIRE, session, body, headers)
-        dones = await api.whole(session, decoded, headers)
-        api.delivered(session, decoded)
+        async with api.answering(session, decoded, headers) as answering:
+            dones = await answering.dones()
+            answering.delivered()
         return Reply(
             msgspec.json.decode(decoded.writer.whole(dones)),
             tuple(done.turn for done in dones),

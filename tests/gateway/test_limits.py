@@ -114,7 +114,8 @@ async def test_a_slow_stream_says_that_it_is_alive(model_dir: Path) -> None:
         session = await gateway.sessions.create()
         body = json.dumps({"messages": [USER], "stream": True}).encode()
         decoded = api.decode(chat.WIRE, session, body, {})
-        pieces = [piece async for piece in api.stream(session, decoded, {})]
+        async with api.answering(session, decoded, {}) as answering:
+            pieces = [piece async for piece in answering.pieces()]
         pings = [piece for piece in pieces if piece == b": ping\n\n"]
         assert len(pings) >= 2
         assert pieces[0] == b": ping\n\n"  # before any token
@@ -156,6 +157,7 @@ async def test_a_failure_behind_a_ping_is_an_event(model_dir: Path) -> None:
         decoded = api.decode(
             chat.WIRE, session, b'{"messages": [{"role": "user", "content": "x"}], "stream": true}', {}
         )
-        pieces = [piece async for piece in api.stream(session, decoded, {})]
+        async with api.answering(session, decoded, {}) as answering:
+            pieces = [piece async for piece in answering.pieces()]
         assert pieces[0] == b": ping\n\n"
         assert json.loads(pieces[-1][6:])["error"]["code"] == "limit_reached"

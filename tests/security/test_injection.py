@@ -111,10 +111,11 @@ class Model:
         api = self.gateway.api
         try:
             decoded = api.decode(wire.wire, session, json.dumps(body).encode(), {})
-            await api.whole(session, decoded, {})
+            async with api.answering(session, decoded, {}) as answering:
+                await answering.dones()
+                answering.delivered()
         except RequestError:
             return None
-        api.delivered(session, decoded)
         return self.engine.requests[-1].prompt.to_list()
 
     def control(self, ids: list[int], *, special: bool) -> Counter[str]:

@@ -248,19 +248,18 @@ class _Routes:
         return handle
 
     async def _whole(self, request: web.Request, session: Session, decoded: Decoded) -> web.StreamResponse:
-        api = self._gateway.api
-        dones = await api.whole(session, decoded, request.headers)
-        response = web.Response(body=decoded.writer.whole(dones), content_type="application/json")
-        with contextlib.suppress(ConnectionError):  # the turn is committed: a retry gets the reply
-            await response.prepare(request)
-            await response.write_eof()
-            if _is_there(request):
-                api.delivered(session, decoded)
+        async with self._gateway.api.answering(session, decoded, request.headers) as answering:
+            reply = decoded.writer.whole(await answering.dones())
+            response = web.Response(body=reply, content_type="application/json")
+            with contextlib.suppress(ConnectionError):  # the turn is committed: a retry gets the reply
+                await response.prepare(request)
+                await response.write_eof()
+                if _is_there(request):
+                    answering.delivered()
         return response
 
     async def _stream(self, request: web.Request, session: Session, decoded: Decoded) -> web.StreamResponse:
         """Headers leave with the first token: what fails before it still gets its own status."""
-        api = self._gateway.api
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream",
@@ -268,14 +267,17 @@ class _Routes:
                 "X-Accel-Buffering": "no",
             }
         )
-        async with contextlib.aclosing(api.stream(session, decoded, request.headers)) as pieces:
+        async with (
+            self._gateway.api.answering(session, decoded, request.headers) as answering,
+            contextlib.aclosing(answering.pieces()) as pieces,
+        ):
             with contextlib.suppress(ConnectionError):  # the client has left: so do we
                 async for piece in pieces:
                     if not response.prepared:
                         await response.prepare(request)
                     await response.write(piece)
                 if _is_there(request):  # asked now: Codex hangs up as soon as it has read the last event
-                    api.delivered(session, decoded)
+                    answering.delivered()
                 await response.write_eof()
         return response
 

@@ -22,7 +22,7 @@ from tokentape.errors import (
     SessionExists,
     TokentapeError,
 )
-from tokentape.gateway.calls import Call
+from tokentape.gateway.answers import Answers
 from tokentape.metrics import Metrics
 from tokentape.render import Frame
 from tokentape.store import Failure, SessionRecord, Store, StoredSession
@@ -32,16 +32,35 @@ from tokentape.types import Json, Message, Sampling
 from tokentape.volatile import NOTHING, Volatile
 
 _T = TypeVar("_T")
+_MEMO_BYTES = 32 * 2**20
 SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:@-]{0,127}")
+
+
+class Memo:
+    """What replayed bytes mean, decoded once; the oldest is forgotten beyond `_MEMO_BYTES`."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, tuple[Any, int]] = {}
+        self._num_bytes = 0
+
+    def get(self, kind: str, raw: Raw | bytes, decode: Callable[[], _T]) -> _T:
+        """The meaning of `raw`; `decode` is asked where it is not known."""
+        key = blake2b(raw, digest_size=16, person=kind.encode()).digest()
+        if (found := self._kept.get(key)) is not None:
+            return found[0]
+        meaning, num_bytes = decode(), len(bytes(raw))
+        self._kept[key] = meaning, num_bytes
+        self._num_bytes += num_bytes
+        while self._num_bytes > _MEMO_BYTES and len(self._kept) > 1:
+            self._num_bytes -= self._kept.pop(next(iter(self._kept)))[1]
+        return meaning
 
 
 @dataclass(eq=False, slots=True)
 class Session:
     """One episode. Turns may run side by side; commits happen one at a time, under `commit_lock`.
 
-    `running` are the requests that are being answered, `answered` the turns that answered one before, both by
-    the request's digest; the answers of `undelivered` ones may not have reached anybody. `answering` counts
-    the connections that wait for an answer. `ending` is why the session is about to take no more turns.
+    `answers` are those of its requests. `ending` is why the session is about to take no more turns.
     """
 
     record: SessionRecord
@@ -49,15 +68,9 @@ class Session:
     failures: Counter[str] = field(default_factory=Counter[str])
     num_sampled_tokens: int = 0
     commit_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    running: dict[str, set[Call]] = field(default_factory=dict[str, set[Call]])
-    answered: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-    undelivered: set[str] = field(default_factory=set[str])
-    answering: Counter[str] = field(default_factory=Counter[str])
+    answers: Answers = field(default_factory=Answers)
     ending: TokentapeError | None = None
-    _known: dict[bytes, tuple[Known, ...]] = field(default_factory=dict[bytes, tuple[Known, ...]])
-    _frames: dict[bytes, tuple[Frame, tuple[bytes, bytes]]] = field(
-        default_factory=dict[bytes, tuple[Frame, tuple[bytes, bytes]]]
-    )
+    _memo: Memo = field(default_factory=Memo)
 
     @property
     def session_id(self) -> str:
@@ -66,22 +79,19 @@ class Session:
 
     def frame(self, tools: bytes, arguments: bytes) -> tuple[Frame, tuple[bytes, bytes]]:
         """Tools (OpenAI's shape) and template arguments from their JSON, with their identity."""
-        key = blake2b(tools + b"\0" + arguments, digest_size=16).digest()
-        if key not in self._frames:
+
+        def decode() -> tuple[Frame, tuple[bytes, bytes]]:
             frame = Frame(tuple(msgspec.json.decode(tools)), msgspec.json.decode(arguments))
-            self._frames[key] = frame, frame_key(frame.tools, frame.arguments)
-        return self._frames[key]
+            return frame, frame_key(frame.tools, frame.arguments)
+
+        return self._memo.get("frame", tools + b"\0" + arguments, decode)
 
     def known(self, wire: str, raw: Raw, decode: Callable[[], Sequence[Message]]) -> tuple[Known, ...]:
         """What one message of a wire means; `decode` is asked only where these bytes are new.
 
-        An unchanged message of the history costs one hash and one look-up.
+        An unchanged message of the history costs one hash and one look-up. `wire` has 16 letters at most.
         """
-        key = blake2b(raw, digest_size=16, person=wire.encode()).digest()
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = tuple(self.tree.know(message) for message in decode())
-        return found
+        return self._memo.get(wire, raw, lambda: tuple(self.tree.know(message) for message in decode()))
 
     def check_open(self) -> None:
         """Raise `SessionClosed` unless the session takes turns."""
@@ -93,11 +103,7 @@ class Session:
     async def end(self, reason: TokentapeError) -> None:
         """Take no more turns, stop those that are being sampled, and wait until that is recorded."""
         self.ending = reason
-        calls = [call for running in self.running.values() for call in running]
-        for call in calls:
-            call.stop()
-        for call in calls:
-            await call.ended()
+        await self.answers.stop()
 
     def cancelled(self) -> TokentapeError:
         """Why a turn of this session was cancelled."""
@@ -140,14 +146,10 @@ class Session:
         """Append a durable turn."""
         self.tree.commit(turn)
         self.num_sampled_tokens += len(turn.completion)
-        digest, request_id = turn.origin.digest, turn.origin.request_id
-        if turn.turn_id == request_id:
-            self.answered[digest] = []
-            self.undelivered.add(digest)
-        self.answered.setdefault(digest, []).append(turn.turn_id)
+        self.answers.commit(turn)
         parent = self.tree.turn(turn.parent_id) if turn.parent_id is not None else None
-        if parent is not None:  # who continues it has received it
-            self.undelivered.discard(parent.origin.digest)
+        if parent is not None:
+            self.answers.received(parent.origin.request_id)
 
     def summary(self) -> Json:
         """What `GET /sessions/{id}` answers."""
@@ -275,6 +277,8 @@ class Sessions:
     ) -> None:
         async with session.commit_lock:
             record = session.record
+            if record.state == "deleted":
+                raise NotFound(f"session {session.session_id!r} does not exist")
             if record.state == "finished":
                 if reward is not None and reward != record.reward:
                     raise SessionClosed(
@@ -297,19 +301,18 @@ class Sessions:
         await to_the_end(self._delete(session_id))
 
     async def _delete(self, session_id: str) -> None:
-        async with self._lock:
-            session = await self._find(session_id)
-            if session is None:
-                raise NotFound(f"session {session_id!r} does not exist")
-            await session.end(SessionClosed(f"session {session_id!r} is being deleted"))
-            try:
-                async with session.commit_lock:
-                    await self._store.delete(session_id)
-                    session.record = replace(session.record, state="deleted")  # late turns find it closed
-                    self._forget(session)
-            except TokentapeError:
-                session.ending = None
-                raise
+        session = await self.get(session_id)
+        await session.end(SessionClosed(f"session {session_id!r} is being deleted"))
+        try:
+            async with self._lock, session.commit_lock:
+                if session.record.state == "deleted":  # by somebody else; the id may be another's by now
+                    raise NotFound(f"session {session_id!r} does not exist")
+                await self._store.delete(session_id)
+                session.record = replace(session.record, state="deleted")  # late turns find it closed
+                self._forget(session)
+        except TokentapeError:
+            session.ending = None
+            raise
 
     async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
         """Records of sessions, by id."""

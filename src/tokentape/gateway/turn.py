@@ -101,7 +101,9 @@ class Turns:
             default_max_tokens=default_max_tokens,
         )
 
-    async def run(self, session: Session, request: TurnRequest, emit: Emit) -> list[Done]:
+    async def run(
+        self, session: Session, request: TurnRequest, turn_ids: Sequence[str], emit: Emit
+    ) -> list[Done]:
         """Sample the turns that a request asks for, one a choice, and commit them together.
 
         A cancelled caller aborts the generations; nothing is committed then.
@@ -114,7 +116,6 @@ class Turns:
         session.check_open()
         began = time.monotonic()
         plan = self.planner.plan(session, request)
-        turn_ids = tuple(_new_turn_id() for _ in range(request.num_choices))
         num_tokens = 0
         calls: list[Progress] = []
 
@@ -128,7 +129,7 @@ class Turns:
 
         self._metrics.active_turns.inc()
         try:
-            await forward(Started(turn_ids, len(plan.prompt), time.time()))
+            await forward(Started(tuple(turn_ids), len(plan.prompt), time.time()))
             async with _deadline(session):
                 sampled = await self._sample(request, plan, turn_ids, forward)
         except asyncio.CancelledError:
@@ -339,10 +340,13 @@ async def _deadline(session: Session) -> AsyncGenerator[None]:
     Raises:
         LimitReached: it is.
     """
+    limit = asyncio.timeout(session.seconds_left())
     try:
-        async with asyncio.timeout(session.seconds_left()):
+        async with limit:
             yield
     except TimeoutError:
+        if not limit.expired():  # the engine's own
+            raise
         raise LimitReached(f"session {session.session_id!r} has reached its deadline") from None
 
 
@@ -372,7 +376,7 @@ def _tool_names(frame: Frame) -> frozenset[str]:
     return frozenset(name for name in names if isinstance(name, str))
 
 
-def _new_turn_id() -> str:
+def new_turn_id() -> str:
     """A turn's name: unique everywhere, and the engine's name for the generation."""
     return f"t-{secrets.token_hex(12)}"
 
