@@ -6,7 +6,7 @@ what the caller says, then a rule that knows the prompt, then what is inferred f
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast
 
@@ -54,7 +54,7 @@ RULES: tuple[Rule, ...] = (
     Rule("claude-code-topic", "auxiliary", _SYSTEM,
          r"(?m)^Analyze if this message indicates a new conversation topic\.", bare=True),
     Rule("claude-code-quota", "auxiliary", _FIRST, r"\Aquota\Z", bare=True),
-    Rule("claude-code-warmup", "auxiliary", _FIRST, r"(?:\A|\n)Warmup\Z"),
+    Rule("claude-code-warmup", "auxiliary", _FIRST, r"(?m)^Warmup\Z"),
     Rule("claude-code-suggestion", "auxiliary", _LAST, r"(?m)^\[SUGGESTION MODE: "),
     Rule("claude-code-recap", "auxiliary", _LAST,
          r"(?m)^The user stepped away and is coming back\. Recap in under "),
@@ -99,21 +99,28 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 """Known prompts; the first that fits counts. Rules of one name are one rule that looks in two places."""
 
-_PATTERNS = tuple((rule, re.compile(rule.pattern)) for rule in RULES)
+_LINE = "(?m)^"
+_PATTERNS = tuple((rule, re.compile(rule.pattern), rule.pattern.startswith(_LINE)) for rule in RULES)
+# A long text is read once, not once for each of the rules that look at all its lines.
+_ANY_LINE = re.compile(
+    _LINE
+    + "(?:"
+    + "|".join(f"(?:{p.pattern.removeprefix(_LINE)})" for _, p, of_line in _PATTERNS if of_line)
+    + ")"
+)
 _BEGINNINGS = {BranchReason.ROOT, BranchReason.NEW_CONVERSATION}
 _MIN_SUMMARY = 40  # characters: a shorter reply may stand in any text
+_APART = 8
+_PIECE = _MIN_SUMMARY - _APART + 1
 _MIN_TASK = 8
 
 
 def labels(turns: Iterable[Turn]) -> dict[str, Label]:
-    """The label of every turn of a session, by its id; `turns` in the order of their commits.
-
-    One look at each message; only a root that was compacted looks at all earlier replies.
-    """
-    session = _Session()
+    """The label of every turn of a session, by its id; `turns` in the order of their commits."""
+    session = Labels()
     for turn in turns:
         session.add(turn)
-    return session.labels()
+    return session.of_turns()
 
 
 def summary_of(turn: Turn) -> str | None:
@@ -154,12 +161,82 @@ class _Line:
 _Step: TypeAlias = tuple[int, str, str, tuple[tuple[str, str], ...]]
 
 
+@dataclass(eq=False, slots=True)
+class Summary:
+    """A text that several turns may have replied with. `num_ends`: as many of them as nothing follows.
+
+    `asked_for` is the line of the latest that a rule calls a compaction, `unclaimed` the latest line that
+    nobody says anything of; each with the turn's number.
+    """
+
+    num_ends: int = 0
+    asked_for: "tuple[int, _Line] | None" = None
+    unclaimed: "tuple[int, _Line] | None" = None
+
+
+@dataclass(eq=False, slots=True)
+class _Stretch:
+    """A place in the trie of summaries, `size` characters before the next. `rests` are by their lengths."""
+
+    size: int = _MIN_SUMMARY
+    longer: "dict[str, _Stretch]" = field(default_factory=dict[str, "_Stretch"])
+    rests: dict[int, dict[str, Summary]] = field(default_factory=dict[int, dict[str, Summary]])
+
+
+class Summaries:
+    """The summaries of a session: which of them does a text hold?
+
+    It takes the time that it takes to read the text, however many there are. `_PIECE` characters from every
+    `_APART`-th on are looked up: one of these pieces lies in the beginning of any summary. Behind a hit the
+    summaries are a trie of stretches, each twice as long as the one before.
+    """
+
+    def __init__(self) -> None:
+        self._offsets: dict[str, int] = {}  # where a piece stands in the beginnings of summaries: bit by bit
+        self._start = _Stretch()
+
+    def get(self, text: str) -> Summary:
+        """The summary of this text, of `_MIN_SUMMARY` characters at least; made where it is new."""
+        for offset in range(_APART):
+            piece = text[offset : offset + _PIECE]
+            self._offsets[piece] = self._offsets.get(piece, 0) | 1 << offset
+        at, end = self._start, 0
+        while len(text) - end >= at.size:
+            piece = text[end : end + at.size]
+            end += at.size
+            at = at.longer.setdefault(piece, _Stretch(2 * at.size))
+        return at.rests.setdefault(len(text) - end, {}).setdefault(text[end:], Summary())
+
+    def in_text(self, text: str) -> Iterator[Summary]:
+        """The summaries that stand in a text; one may come again."""
+        offsets = self._offsets
+        if not offsets:
+            return
+        for place in range(0, len(text) - _PIECE + 1, _APART):
+            piece = text[place : place + _PIECE]
+            if piece in offsets:
+                for offset in range(min(_APART, place + 1)):
+                    if offsets[piece] >> offset & 1:
+                        yield from self._from(text, place - offset)
+
+    def _from(self, text: str, end: int) -> Iterator[Summary]:
+        """The summaries that begin at this place of a text."""
+        at: _Stretch | None = self._start
+        while at is not None:
+            for size, rests in at.rests.items():
+                summary = rests.get(text[end : end + size])
+                if summary is not None:
+                    yield summary
+            at, end = at.longer.get(text[end : end + at.size]), end + at.size
+
+
 @dataclass(slots=True)
-class _Session:
-    """What has been seen of a session. Places are points in a trie of what was said, numbered."""
+class Labels:
+    """The labels of a session's turns, kept as these come. Places are points in a trie of what was said."""
 
     conversations: list[_Conversation] = field(default_factory=list[_Conversation])
-    turns: dict[str, Turn] = field(default_factory=dict[str, Turn])
+    summaries: Summaries = field(default_factory=Summaries)
+    open: dict[str, Summary] = field(default_factory=dict[str, Summary])  # of turns that nothing follows
     lines: dict[str, _Line] = field(default_factory=dict[str, _Line])
     asked: dict[str, Label] = field(
         default_factory=dict[str, Label]
@@ -191,11 +268,12 @@ class _Session:
             at = self.places.setdefault(_step(at, message), len(self.places) + 1)
             self.seen[at, frame] = self.seen[at, None] = line
         self.ends[turn.turn_id] = at, frame
-        self.turns[turn.turn_id], self.lines[turn.turn_id] = turn, line
+        self.lines[turn.turn_id] = line
         for call in turn.reply.tool_calls:
             self.tasks.update(_texts(call.arguments))
+        self._keep_summary(turn, line)
 
-    def labels(self) -> dict[str, Label]:
+    def of_turns(self) -> dict[str, Label]:
         """The label of every turn that was added."""
         main = self._main()
         of_line: dict[_Line, Label] = {}
@@ -241,13 +319,27 @@ class _Session:
         nearest = self._nearest(turn.messages, frame)
         if turn.branch_reason != BranchReason.COMPACTED:
             return nearest
-        text = told(turn.messages)
-        quoted = [t.turn_id for t in self.turns.values() if (summary := summary_of(t)) and summary in text]
-        summaries = [i for i in quoted if i in self.asked and self.asked[i].name == "compaction"]
-        lines = [self.lines[i] for i in summaries if not _is_aside(self.lines[i].known)]
+        quoted = list(self.summaries.in_text(told(turn.messages)))
+        lines = [summary.asked_for for summary in quoted if summary.asked_for]
         if not lines and nearest is None:
-            lines = [self.lines[i] for i in quoted if self.lines[i].known is None]
-        return lines[-1] if lines else nearest
+            lines = [summary.unclaimed for summary in quoted if summary.unclaimed]
+        return max(lines, key=lambda numbered: numbered[0])[1] if lines else nearest
+
+    def _keep_summary(self, turn: Turn, line: _Line) -> None:
+        """What later prompts may quote of a turn; its parent has a turn that follows now."""
+        followed = self.open.pop(turn.parent_id or "", None)
+        if followed is not None:
+            followed.num_ends -= 1
+        text = summary_of(turn)
+        if text is None:
+            return
+        summary = self.open[turn.turn_id] = self.summaries.get(text)
+        summary.num_ends += 1
+        asked, number = self.asked.get(turn.turn_id), len(self.lines)
+        if asked is not None and asked.name == "compaction" and not _is_aside(line.known):
+            summary.asked_for = number, line
+        if line.known is None:
+            summary.unclaimed = number, line
 
     def _nearest(self, messages: Sequence[Message], frame: bytes) -> _Line | None:
         """The line that shares the longest beginning, of equals one in this frame; else one of its tools."""
@@ -274,10 +366,12 @@ def _is_aside(label: Label | None) -> bool:
 
 
 def _by_rule(turn: Turn, texts: Mapping[Where, str]) -> Label | None:
-    for rule, pattern in _PATTERNS:
+    by_line = {place: text for place, text in texts.items() if _ANY_LINE.search(text)}
+    for rule, pattern, of_line in _PATTERNS:
         if rule.bare and turn.tools:
             continue
-        if any(place in texts and pattern.search(texts[place]) for place in rule.where):
+        among = by_line if of_line else texts
+        if any(place in among and pattern.search(among[place]) for place in rule.where):
             return Label(rule.label, f"rule:{rule.name}")
     return None
 

@@ -3,7 +3,7 @@
 Requests are matched on meaning. Messages are the edges of a trie, keyed by digests that leave out what agents
 change without meaning it: the order of JSON keys, None for "", the numbering of tool calls, spaces around
 what the assistant said, reasoning that is not replayed, volatile text. Tools and template arguments are part
-of the prompt, so each pair of them has a trie of its own.
+of the prompt: the places of the trie hold apart, by such pairs, the turns that end there.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, cast
 import msgspec
 
 from tokentape.errors import InternalError
-from tokentape.labels import labels, summary_of, told
+from tokentape.labels import Labels, told
 from tokentape.outline import Outline
 from tokentape.tape import BranchReason, Label, Tape, Turn, lay_out
 from tokentape.types import Json, Message
@@ -61,23 +61,30 @@ class Known:
 
 @dataclass(eq=False, slots=True)
 class _Place:
-    """A point in the trie: the messages so far. `turns` are those whose reply is the last of them.
+    """A point in the trie: the messages so far. `edges` lead on by base and ordinal, then by reasoning.
 
-    `edges` lead on by a message's base and ordinal, then by its reasoning.
+    By the number of a frame: `turns` whose reply is the last of these messages, and one of the turns that
+    `answered` all of them. `earliest`: the two lowest numbers in `turns`.
     """
 
     edges: "dict[_Edge, dict[Digest | None, _Place]]" = field(
         default_factory=dict["_Edge", "dict[Digest | None, _Place]"]
     )
-    turns: list[Turn] = field(default_factory=list[Turn])
+    turns: dict[int, list[Turn]] = field(default_factory=dict[int, list[Turn]])
+    answered: dict[int, Turn] = field(default_factory=dict[int, Turn])
+    earliest: tuple[int, ...] = ()
 
 
 @dataclass(eq=False, slots=True)
 class _Node:
-    """The session's turn number `index`. Its reply ends at `place`; `before` stands for what precedes it."""
+    """The session's turn number `index`, in frame number `frame`.
+
+    Its reply ends at `place`; `before` stands for what precedes it.
+    """
 
     turn: Turn
     index: int
+    frame: int
     place: _Place
     before: Outline
     num_children: int = 0
@@ -139,8 +146,12 @@ class Tree:
     def __init__(self, content_tests: tuple[str, ...], volatile: Volatile = NOTHING) -> None:
         self._content_tests = content_tests
         self._volatile = volatile
-        self._roots: dict[tuple[Digest, Digest], _Place] = {}
+        self._start = _Place()
+        self._roots: dict[tuple[Digest, Digest], int] = {}  # frames, numbered as their first roots came
+        self._frames: list[tuple[Digest, Digest]] = []
+        self._openers: set[str] = set()  # the roles that speak first
         self._nodes: dict[str, _Node] = {}
+        self._labels = Labels()
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -169,17 +180,17 @@ class Tree:
                 return None
             if any(key.by_assistant for key in keys):
                 return BranchReason.EDITED_HISTORY
-            return BranchReason.RESAMPLED if _was_answered(parent.place, keys) else BranchReason.FORKED
+            again = _was_answered(parent.place, parent.frame, keys)
+            return BranchReason.RESAMPLED if again else BranchReason.FORKED
         if not self._nodes:
             return BranchReason.ROOT
-        root = self._roots.get(frame)
-        if root is not None and _was_answered(root, keys):
+        number = self._roots.get(frame)
+        if number is not None and _was_answered(self._start, number, keys):
             return BranchReason.RESAMPLED
-        others = [(self._longest(other, keys)[1], other) for other in self._roots if other != frame]
-        num_matched, nearest = max(others, key=lambda found: found[0], default=(0, frame))
-        if num_matched:
+        nearest = self._nearest(number, keys)
+        if nearest is not None:
             return BranchReason.TOOLS_CHANGED if nearest[0] != frame[0] else BranchReason.ARGUMENTS_CHANGED
-        if root is not None and self._is_compacted([key.message for key in keys]):
+        if number is not None and self._is_compacted([key.message for key in keys]):
             return BranchReason.COMPACTED
         if any(key.by_assistant for key in keys):
             return BranchReason.EDITED_HISTORY
@@ -195,7 +206,8 @@ class Tree:
         if turn.turn_id in self._nodes:
             raise InternalError(f"turn {turn.turn_id} is committed already")
         if turn.parent_id is None:
-            place = self._roots.setdefault(frame_key(turn.tools, turn.arguments), _Place())
+            frame = frame_key(turn.tools, turn.arguments)
+            number, place = self._roots.get(frame, len(self._frames)), self._start
             before, after = Outline(), None
         else:
             parent = self._nodes.get(turn.parent_id)
@@ -205,17 +217,27 @@ class Tree:
                 )
             if (turn.tools, turn.arguments) != (parent.turn.tools, parent.turn.arguments):
                 raise InternalError(f"turn {turn.turn_id}: its tools or arguments are not its parent's")
-            place, after = parent.place, parent.turn.reply
+            number, place, after = parent.frame, parent.place, parent.turn.reply
+            frame = self._frames[number]
             before = parent.before.followed_by([after], self._content_tests)
         before = before.followed_by(turn.messages, self._content_tests)
         said = [self.know(message) for message in (*turn.messages, turn.reply)]
-        keys = keys_of(said, after=after)
-        for key in keys:  # nothing raises from here on
+        *asked, replied = keys_of(said, after=after)
+        for key in asked:  # nothing raises from here on
             place = _step(place, key)
-        place.turns.append(turn)
+        place.answered[number] = turn
+        place = _step(place, replied)
+        place.turns.setdefault(number, []).append(turn)
+        place.earliest = tuple(sorted({*place.earliest, number})[:2])
         if turn.parent_id is not None:
             self._nodes[turn.parent_id].num_children += 1
-        self._nodes[turn.turn_id] = _Node(turn, len(self._nodes), place, before)
+        else:
+            self._openers.update(message.role for message in turn.messages[:1])
+            if number == len(self._frames):
+                self._roots[frame] = number
+                self._frames.append(frame)
+        self._nodes[turn.turn_id] = _Node(turn, len(self._nodes), number, place, before)
+        self._labels.add(turn)
 
     def know(self, message: Message) -> Known:
         """The digests of one message, as this tree matches it."""
@@ -237,59 +259,73 @@ class Tree:
 
     def labels(self) -> dict[str, Label]:
         """The label of every turn, by its id."""
-        return labels(self.turns())
+        return self._labels.of_turns()
 
-    def branches(self) -> list[tuple[Turn, ...]]:
-        """Paths from a root, in the order in which their last turns were committed.
+    def ends(self, labels: Mapping[str, Label]) -> list[str]:
+        """The last turns of all branches, in the order of their commits; `labels` are those of this tree.
 
-        A path ends where none of the turns behind it has its label: at every leaf, and where only others go
+        A branch ends where none of the turns behind it has its label: at every leaf, and where only others go
         on, as when the history is summarised in its own line. So each turn is on a path of its own label.
         """
-        return self._branches(self.labels())
-
-    def tapes(self) -> list[Tape]:
-        """All branches laid out. A turn is trained once: in the longest of those that end with its label."""
-        labels_ = self.labels()
-        branches = self._branches(labels_)
-        trained: list[set[str]] = [set() for _ in branches]
-        owned: set[str] = set()
-        for index in sorted(range(len(branches)), key=lambda i: -len(branches[i])):
-            name = labels_[branches[index][-1].turn_id].name
-            mine = {t.turn_id for t in branches[index] if labels_[t.turn_id].name == name} - owned
-            trained[index] = mine
-            owned |= mine
-        return [lay_out(path, mine, labels_) for path, mine in zip(branches, trained, strict=True)]
-
-    def _branches(self, labels_: Mapping[str, Label]) -> list[tuple[Turn, ...]]:
         below: dict[str, set[str]] = {}
         ends: list[str] = []
         for turn_id in reversed(self._nodes):  # children before their parents
-            turn, name = self._nodes[turn_id].turn, labels_[turn_id].name
+            parent_id, name = self._nodes[turn_id].turn.parent_id, labels[turn_id].name
             behind = below.pop(turn_id, set[str]())
             if name not in behind:
                 ends.append(turn_id)
-            if turn.parent_id is not None:
-                below.setdefault(turn.parent_id, set()).update(behind, (name,))
-        return [self.path(turn_id) for turn_id in reversed(ends)]
+                behind.add(name)
+            if parent_id is not None:
+                fewer, more = sorted((behind, below.get(parent_id, set())), key=len)
+                more |= fewer  # this way round a long line of many labels costs no more than it has
+                below[parent_id] = more
+        return ends[::-1]
+
+    def branches(self) -> list[tuple[Turn, ...]]:
+        """Paths from a root to the `ends`."""
+        return [self.path(turn_id) for turn_id in self.ends(self.labels())]
+
+    def tapes(self) -> list[Tape]:
+        """All branches laid out. A turn is trained once: in the longest of those that end with its label."""
+        labels = self.labels()
+        branches = [self.path(turn_id) for turn_id in self.ends(labels)]
+        trained: list[set[str]] = [set() for _ in branches]
+        owned: set[str] = set()
+        for index in sorted(range(len(branches)), key=lambda i: -len(branches[i])):
+            name = labels[branches[index][-1].turn_id].name
+            mine = {t.turn_id for t in branches[index] if labels[t.turn_id].name == name} - owned
+            trained[index] = mine
+            owned |= mine
+        return [lay_out(path, mine, labels) for path, mine in zip(branches, trained, strict=True)]
 
     def _is_compacted(self, messages: Sequence[Message]) -> bool:
         """Whether system or user quote a reply that nothing follows; the first to speak is so elsewhere."""
-        roots = [n.turn for n in self._nodes.values() if n.turn.parent_id is None]
-        if not any(root.messages[0].role == messages[0].role for root in roots if root.messages):
+        if not messages or messages[0].role not in self._openers:
             return False
-        text = told(messages)
-        ends = [n.turn for n in self._nodes.values() if not n.num_children]
-        return any(summary in text for turn in ends if (summary := summary_of(turn)))
+        return any(summary.num_ends for summary in self._labels.summaries.in_text(told(messages)))
+
+    def _nearest(self, number: int | None, keys: Sequence[MessageKey]) -> tuple[Digest, Digest] | None:
+        """The other frame with the longest recorded prefix that ends in a turn; the earliest of equals."""
+        places, nearest = [self._start], None
+        for key in keys:
+            places = _follow(places, key)
+            if not places:
+                break
+            here = [each for place in places for each in place.earliest if each != number]
+            nearest = min(here) if here else nearest
+        return self._frames[nearest] if nearest is not None else None
 
     def _longest(self, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]) -> tuple[Turn | None, int]:
-        root = self._roots.get(frame)
-        places = [root] if root is not None else []
+        number = self._roots.get(frame)
         found, num_matched = None, 0
+        if number is None:
+            return found, num_matched
+        places = [self._start]
         for num_keys, key in enumerate(keys, 1):
             places = _follow(places, key)
             if not places:
                 break
-            ended = [turn for place in places for turn in place.turns]
+            ended = [turn for place in places for turn in place.turns.get(number, ())]
             if ended:
                 found, num_matched = max(ended, key=lambda turn: self._preference(turn, key)), num_keys
         return found, num_matched
@@ -313,12 +349,12 @@ def _step(place: _Place, key: MessageKey) -> _Place:
     return place.edges.setdefault((key.base, key.ordinal), {}).setdefault(key.reasoning, _Place())
 
 
-def _was_answered(place: _Place, keys: Sequence[MessageKey]) -> bool:
-    """Whether exactly these messages have been answered before by a sampled turn."""
+def _was_answered(place: _Place, number: int, keys: Sequence[MessageKey]) -> bool:
+    """Whether exactly these messages have been answered before by a sampled turn of this frame."""
     places = [place]
     for key in keys:
         places = _follow(places, key)
-    return any(target.turns for at in places for targets in at.edges.values() for target in targets.values())
+    return any(number in at.answered for at in places)
 
 
 def _ids(message: Message) -> list[str | None]:

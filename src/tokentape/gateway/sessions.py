@@ -153,15 +153,15 @@ class Session:
 
     def summary(self) -> Json:
         """What `GET /sessions/{id}` answers."""
-        branches = self.tree.branches()
+        labels = self.tree.labels()
         return {
             "session_id": self.session_id,
             "state": self.record.state,
             "created_at": self.record.created_at,
             "turns": len(self.tree),
-            "branches": len(branches),
+            "branches": len(self.tree.ends(labels)),
             "branch_reasons": dict(Counter(t.branch_reason for t in self.tree.turns() if t.branch_reason)),
-            "labels": dict(Counter(label.name for label in self.tree.labels().values())),
+            "labels": dict(Counter(label.name for label in labels.values())),
             "tokens": sum(len(t.prompt) + len(t.completion) for t in self.tree.turns()),
             "sampled_tokens": self.num_sampled_tokens,
             "parse_statuses": dict(Counter(t.parse_status for t in self.tree.turns())),
