@@ -23,7 +23,7 @@ from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError, RequestError, SessionClosed, SessionExists
 from tokentape.export import samples, stored_samples, write_parquet
 from tokentape.gateway import chat, control
-from tokentape.gateway.chat.request import session_sampling
+from tokentape.gateway.fields import session_sampling
 from tokentape.gateway.parts import Gateway, GatewayConfig, PartsConfig, parts
 from tokentape.gateway.sessions import Session, new_session_id
 from tokentape.render import History

@@ -31,14 +31,15 @@ class MessageKey:
 
     `base` is its meaning without reasoning, `reasoning` a digest of that, None without. `ordinal` is the call
     that a tool result answers: its index among the calls of the assistant message before, -1 for none. Of
-    calls that share an id (as where ids are dropped) it is the first without an answer. `message` is no part
-    of the identity.
+    calls that share an id (as where ids are dropped) it is the first without an answer. `message` and
+    `turn_id`, the turn that the request names as its origin, are no part of the identity.
     """
 
     base: Digest
     ordinal: int
     reasoning: Digest | None
     message: Message = field(compare=False)
+    turn_id: str | None = field(default=None, compare=False)
 
     @property
     def by_assistant(self) -> bool:
@@ -50,13 +51,14 @@ class MessageKey:
 class Known:
     """A message with the digests that do not depend on its neighbours; made once per distinct message.
 
-    `volatile`: it has text that does not count.
+    `volatile`: it has text that does not count. `turn_id` is the turn that said it, where that is known.
     """
 
     message: Message
     base: Digest
     reasoning: Digest | None
     volatile: bool = False
+    turn_id: str | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -128,7 +130,7 @@ def keys_of(known: Sequence[Known], *, after: Message | None = None) -> list[Mes
         elif message.role == "tool" and (message.tool_call_id or "") in waiting:
             ordinal = waiting.index(message.tool_call_id or "")
             waiting[ordinal] = None
-        keys.append(MessageKey(item.base, ordinal, item.reasoning, message))
+        keys.append(MessageKey(item.base, ordinal, item.reasoning, message, item.turn_id))
     return keys
 
 
@@ -330,10 +332,11 @@ class Tree:
                 found, num_matched = max(ended, key=lambda turn: self._preference(turn, key)), num_keys
         return found, num_matched
 
-    def _preference(self, turn: Turn, key: MessageKey) -> tuple[bool, int]:
-        """Of turns that say the same in one place: the one whose call ids are replayed, else the latest."""
+    def _preference(self, turn: Turn, key: MessageKey) -> tuple[bool, bool, int]:
+        """Of turns that say the same in one place: the named one, the one of these call ids, the latest."""
         ids = _ids(turn.reply)
-        return bool(ids) and ids == _ids(key.message), self._nodes[turn.turn_id].index
+        same_ids = bool(ids) and ids == _ids(key.message)
+        return turn.turn_id == key.turn_id, same_ids, self._nodes[turn.turn_id].index
 
 
 def _follow(places: Sequence[_Place], key: MessageKey) -> list[_Place]:

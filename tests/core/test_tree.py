@@ -589,3 +589,13 @@ def test_of_equal_replies_the_one_whose_calls_are_named_goes_on() -> None:
     for named, taken in (("c1", first), ("c2", second), ("x", second)):
         history = [user("u"), said(None, call(id=named)), result("r", named)]
         assert recorder.plan(history)[:2] == (taken, 2)
+
+
+def test_of_equal_replies_the_named_one_goes_on() -> None:
+    recorder = Recorder()
+    first = recorder.run([user("u")], said("a"))
+    second = recorder.run([user("u")], said("a"))
+    for named, taken in ((first.turn_id, first), (second.turn_id, second), (None, second), ("x", second)):
+        history = [know(user("u")), replace(know(said("a")), turn_id=named), know(user("v"))]
+        attached = recorder.tree.attach(frame_key((), {}), keys_of(history))
+        assert attached.path[-1] is taken

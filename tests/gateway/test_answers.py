@@ -53,6 +53,18 @@ async def test_each_lost_answer_is_given_once(model_dir: Path) -> None:
         assert len(session.tree) == 2
 
 
+async def test_each_answer_that_was_lost_behind_us_is_given_once(model_dir: Path) -> None:
+    """Something in between took both replies and lost them: nobody here can know."""
+    async with without_http(model_dir, FakeEngine(responder=lambda _: Reply([END]))) as (gateway, session):
+        made: list[str] = []
+        for headers in (FIRST, FIRST, RETRY, RETRY, RETRY):
+            async with ask(gateway, session, headers) as one:
+                made.append(await turn_of(one))
+                one.delivered()
+        assert made[0] != made[1]
+        assert made[2:] == [made[1], made[0], made[1]]
+
+
 async def test_an_answer_that_is_being_sent_is_not_lost(model_dir: Path) -> None:
     async with without_http(model_dir, FakeEngine(responder=lambda _: Reply([END]))) as (gateway, session):
         async with ask(gateway, session, FIRST) as one:

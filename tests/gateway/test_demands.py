@@ -1,6 +1,8 @@
 """What a request may demand of a reply: JSON, a call, one call at most, more or less thought."""
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,12 @@ both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stre
 SCHEMA: Json = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 JSON_SCHEMA: Json = {"type": "json_schema", "json_schema": {"name": "w", "strict": True, "schema": SCHEMA}}
 ONLY_WEATHER: Json = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.fixture
+async def strict(fake: FakeSGLang, model_dir: Path, tmp_path: Path) -> AsyncIterator[Gateway]:
+    async with gateway_for(fake.url, model_dir, tmp_path / "strict.sqlite", http={"strict": True}) as gateway:
+        yield gateway
 
 
 def sent(fake: FakeSGLang) -> tuple[Any, str]:
@@ -147,6 +155,19 @@ async def test_a_model_whose_calls_are_not_known(fake: FakeSGLang, tmp_path: Pat
         assert not fake.requests
 
 
+@pytest.mark.parametrize("wanted", [JSON_SCHEMA, {"type": "json_object"}])
+async def test_a_schema_beside_a_demanded_call(
+    fake: FakeSGLang, gateway: Gateway, strict: Gateway, wanted: Json
+) -> None:
+    """The reply is a call: the schema has no effect, and that is said."""
+    fields: Json = {"tools": [WEATHER], "tool_choice": "required", "response_format": wanted}
+    reply = await gateway.chat(await gateway.create(), [USER], **fields)
+    assert reply["tokentape"]["ignored_fields"] == ["response_format"]
+    answer = await strict.post(await strict.create(), {"messages": [USER], **fields})
+    assert (answer.status, answer.error["param"]) == (400, "response_format")
+    assert len(fake.requests) == 1
+
+
 # -- parallel_tool_calls
 
 
@@ -260,6 +281,84 @@ async def test_reasoning_of_others(fake: FakeSGLang, gateway: Gateway, name: str
     assert "<think>\nthe tool\n</think>\n\n<tool_call>" in text
     assert sum(json.dumps(s).count('"trained"') for s in await gateway.samples(session_id)) == 1
     assert reply["tokentape"]["branch_reason"] == "root"
+
+
+MADE: Json = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+UNHEARD: list[tuple[Json, str]] = [
+    ({"messages": [{**USER, "prefix": True}]}, "messages[].prefix"),
+    ({"messages": [{**USER, "reasoning_content": "hm"}]}, "messages[].reasoning_content"),
+    ({"messages": [{**USER, "tool_call_id": "c"}]}, "messages[].tool_call_id"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+        "messages[].content[].x",
+    ),
+    (
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "tool_calls": [{**MADE, "x": 1}]},
+                {"role": "tool", "tool_call_id": "c1", "content": "a"},
+            ]
+        },
+        "messages[].tool_calls[].x",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "reasoning_content": "a", "reasoning": "b"}, USER]},
+        "messages[].reasoning",
+    ),
+    ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+    ({"response_format": {"type": "text", "x": 1}}, "response_format.x"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "x": 1}}},
+        "response_format.json_schema.x",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "name"), UNHEARD, ids=[name for _, name in UNHEARD])
+async def test_keys_without_effect(
+    fake: FakeSGLang, gateway: Gateway, strict: Gateway, fields: Json, name: str
+) -> None:
+    """Each is said in the turn that brings it, and refused every time where nothing may be ignored."""
+    body = {"messages": [USER], **fields}
+    answer = await gateway.post(await gateway.create(), body)
+    assert answer.body["tokentape"]["ignored_fields"] == [name]
+    session_id = await strict.create()
+    for _ in range(2):
+        answer = await strict.post(session_id, body)
+        assert (answer.status, answer.error["param"]) == (400, name)
+    assert len(fake.requests) == 1
+
+
+async def test_keys_that_ask_for_nothing(fake: FakeSGLang, strict: Gateway) -> None:
+    """What an SDK repeats of a reply."""
+    said: Json = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "audio": None}
+    messages = [USER, {**said, "function_call": None, "tool_calls": None, "prefix": False}, USER]
+    reply = await strict.chat(await strict.create(), messages)
+    assert "ignored_fields" not in reply["tokentape"]
+    assert len(fake.requests) == 1
+
+
+async def test_a_refusal_is_what_was_said(fake: FakeSGLang, gateway: Gateway) -> None:
+    session_id = await gateway.create()
+    await gateway.chat(session_id, [USER, {"role": "assistant", "content": None, "refusal": "never"}, USER])
+    text = TOKENIZER.decode(fake.requests[0].input_ids, skip_special_tokens=False)
+    assert "never<|im_end|>" in text
+
+
+# -- labels
+
+
+async def test_one_body_under_two_labels(fake: FakeSGLang, gateway: Gateway) -> None:
+    """Two agents that ask the same at once: each gets a turn of its own, with its label."""
+    session_id = await gateway.create()
+    path, body = f"/sessions/{session_id}/v1/chat/completions", {"messages": [USER]}
+    answers = await asyncio.gather(
+        *(gateway.request("POST", path, body, {"X-Tokentape-Label": label}) for label in ("main", "other"))
+    )
+    assert len({answer.body["tokentape"]["turn_id"] for answer in answers}) == 2
+    assert (await gateway.show(session_id))["labels"] == {"main": 1, "other": 1}
+    assert len(fake.requests) == 2
 
 
 # -- how much to think

@@ -80,6 +80,19 @@ BAD_BODIES: dict[str, tuple[Any, str | None]] = {
         b'"tools": [{"type":"function","function":{"name":"f", "description":"\\udc00"}}]}',
         None,
     ),
+    "lone surrogate in arguments": (
+        chat(USER, assistant('{"a": "\\ud800"}'), tool()),
+        "messages[1].tool_calls[0]",
+    ),
+    "lone surrogate in the names of arguments": (
+        chat(USER, assistant('{"\\uDC00": 1}'), tool()),
+        "messages[1].tool_calls[0]",
+    ),
+    "half a pair in broken arguments": (chat(USER, assistant('{"x": "\\ud83d'), tool()), None),
+    "content and a refusal": (
+        chat(USER, {"role": "assistant", "content": "a", "refusal": "b"}),
+        "messages[1].refusal",
+    ),
     "NaN": (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', None),
     "Infinity": (b'{"messages": [{"role": "user", "content": "x"}], "temperature": Infinity}', None),
     "1e999": (b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', "temperature"),
@@ -163,7 +176,7 @@ BAD_BODIES: dict[str, tuple[Any, str | None]] = {
     "audio of a message": (chat(USER, {"role": "assistant", "audio": {"id": "a"}}), "messages[1].audio"),
     "call without function": (
         chat(USER, {"role": "assistant", "tool_calls": [{"id": "c1", "type": "custom", "custom": {}}]}),
-        "messages[1].tool_calls",
+        "messages[1].tool_calls[0]",
     ),
     "call id: null": (chat(USER, assistant("{}", None)), "messages[1]"),
     "call arguments: no json": (chat(USER, assistant("{"), tool()), None),
@@ -297,6 +310,7 @@ async def test_bad_bodies(fake: FakeSGLang, gateway: Gateway, name: str, stream:
 ODD_BODIES: dict[str, Any] = {
     "big numbers in arguments": chat(USER, assistant('{"x": 123456789012345678901234567890}'), tool()),
     "arguments as an object": chat(USER, assistant({"x": 2**70, "y": [1.5, None]}), tool()),  # pyright: ignore
+    "surrogate pair in arguments": chat(USER, assistant('{"x": "\\ud83d\\ude00"}'), tool()),
     "empty arguments": chat(USER, assistant(""), tool()),
     "numbers in a tool": chat(
         tools=[

@@ -45,6 +45,7 @@ TO_ENGINE: list[tuple[Json, Json]] = [
     ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
     ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
     ({"seed": 42}, {"sampling_seed": 42}),
+    ({"logit_bias": {"7": 1.5}}, {"logit_bias": {"7": 1.5}}),
     (
         dict.fromkeys(("temperature", "top_p", "stop_sequences", "tools", "tool_choice", "stream", "system")),
         {},
@@ -348,6 +349,18 @@ IGNORED_PARTS: list[tuple[Json, str]] = [
     ({"tools": [{**CLOCK, "strict": True}, {**WEATHER, "strict": True}]}, "tools[].strict"),
     ({"tools": [{**CLOCK, "input_examples": [{}]}]}, "tools[].input_examples"),
     ({"tools": [{**CLOCK, "eager_input_streaming": True}]}, "tools[].eager_input_streaming"),
+    ({"thinking": {"type": "disabled", "x": 1}}, "thinking.x"),
+    ({"tool_choice": {"type": "any"}, "tools": [CLOCK], "output_format": OUTPUT}, "output_format"),
+    (
+        {"tool_choice": {"type": "any"}, "tools": [CLOCK], "output_config": {"format": OUTPUT}},
+        "output_config.format",
+    ),
+    ({"messages": [{**USER, "x": 1}]}, "messages[].x"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "citations": [{}]}]}]},
+        "messages[].content[].citations",
+    ),
+    ({"system": [{"type": "text", "text": "a", "x": 1}]}, "system[].x"),
 ]
 
 
@@ -365,7 +378,8 @@ async def test_ignored(fake: FakeSGLang, gateway: Gateway, store: Path, stream: 
 @pytest.mark.parametrize(("fields", "name"), IGNORED_PARTS, ids=lambda v: v if isinstance(v, str) else "")
 async def test_ignored_parts(fake: FakeSGLang, gateway: Gateway, fields: Json, name: str) -> None:
     fake.script(sampled("hello"))
-    reply = await say(gateway, await gateway.create(), [USER], **fields)
+    fields = dict(fields)
+    reply = await say(gateway, await gateway.create(), fields.pop("messages", [USER]), **fields)
     assert reply["tokentape"]["ignored_fields"] == [name]
 
 
@@ -373,7 +387,8 @@ async def test_ignored_parts(fake: FakeSGLang, gateway: Gateway, fields: Json, n
     ("fields", "name"), [*(({k: v}, k) for k, v in IGNORED.items()), *IGNORED_PARTS], ids=str
 )
 async def test_strict_refuses_what_is_ignored(strict: Gateway, fields: Json, name: str) -> None:
-    said = await refused(strict, await strict.create(), body_of([USER], **fields))
+    fields = dict(fields)
+    said = await refused(strict, await strict.create(), body_of(fields.pop("messages", [USER]), **fields))
     assert said == f"`{name}` has no effect here, and --strict refuses it"
 
 

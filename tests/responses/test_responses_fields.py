@@ -148,6 +148,10 @@ async def test_what_asks_for_nothing_is_not_refused(fake: FakeSGLang, gateway: G
     await respond(gateway, session, "hello", **dict.fromkeys(REFUSED))
 
 
+def _renamed(fields: Json) -> Json:
+    return {"input_" if name == "input" else name: value for name, value in fields.items()}
+
+
 IGNORED: list[tuple[str, Json]] = [
     ("prompt_cache_key", {"prompt_cache_key": "a"}),
     ("safety_identifier", {"safety_identifier": "a"}),
@@ -161,13 +165,29 @@ IGNORED: list[tuple[str, Json]] = [
     ("reasoning.context", {"reasoning": {"context": "all_turns"}}),
     ("reasoning.mode", {"reasoning": {"mode": "pro"}}),
     ("anything", {"anything": 1}),
+    ("reasoning.x", {"reasoning": {"x": 1}}),
+    ("text.format.x", {"text": {"format": {"type": "text", "x": 1}}}),
+    ("tools[].x", {"tools": [{**WEATHER, "x": 1}]}),
+    ("input[].x", {"input": [{**user("hello"), "x": 1}]}),
+    (
+        "input[].content[].annotations",
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a", "annotations": [1]}]}]},
+    ),
+    (
+        "text.format",
+        {**TOOLS, "tool_choice": "required", "text": {"format": {"type": "json_object"}}},
+    ),
+    (
+        "reasoning.effort",
+        {"reasoning": {"effort": "low"}, "chat_template_kwargs": {"enable_thinking": False}},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "fields"), IGNORED, ids=[name for name, _ in IGNORED])
 async def test_ignored_and_recorded(fake: FakeSGLang, gateway: Gateway, name: str, fields: Json) -> None:
     fake.script(sampled("hello"))
-    response = await respond(gateway, await gateway.create(), "hello", **fields)
+    response = await respond(gateway, await gateway.create(), **{"input_": "hello"} | _renamed(fields))
     assert response["tokentape"]["ignored_fields"] == [name]
 
 
@@ -270,6 +290,10 @@ async def test_other_items_are_refused(gateway: Gateway, item: Json) -> None:
         ({"type": "function_call", "name": "a", "arguments": "{}"}, "input[0].call_id"),
         ({"type": "function_call", "call_id": "a", "arguments": "{}"}, "input[0].name"),
         ({"type": "function_call", "call_id": "a", "name": "a", "arguments": {}}, "input[0]"),
+        (
+            {"type": "function_call", "call_id": "a", "name": "a", "arguments": '{"a": "\\uD800"}'},
+            "input[0]",
+        ),
         ({"type": "custom_tool_call", "call_id": "a", "name": "a"}, "input[0].input"),
         ({"type": "function_call_output", "call_id": "a"}, "input[0].output"),
         ({"type": "function_call_output", "call_id": "a", "output": "b"}, "input[0].call_id"),

@@ -182,3 +182,22 @@ async def test_tokens_are_counted_exactly(fake: FakeSGLang, gateway: Gateway) ->
         "object": "response.input_tokens",
         "input_tokens": response["usage"]["input_tokens"],
     }
+
+
+@pytest.mark.parametrize("named", [0, 1])
+@pytest.mark.parametrize("by", ["previous_response_id", "items"])
+async def test_of_two_that_say_the_same_the_named_one_goes_on(
+    fake: FakeSGLang, gateway: Gateway, named: int, by: str
+) -> None:
+    """The same text in other tokens: the agent goes on from the one that it took."""
+    session_id = await gateway.create()
+    fake.script(sampled("hello world", seed=1), sampled("hello world", seed=2), sampled("hello"))
+    replies = [await respond(gateway, session_id, "hello") for _ in range(2)]
+    assert fake.requests[0].output_ids != fake.requests[1].output_ids
+    next_: list[Json] = [{"role": "user", "content": "world"}]
+    if by == "items":
+        first: list[Json] = [{"role": "user", "content": "hello"}]
+        reply = await respond(gateway, session_id, [*first, *replies[named]["output"], *next_])
+    else:
+        reply = await respond(gateway, session_id, next_, previous_response_id=replies[named]["id"])
+    assert reply["tokentape"]["parent_turn_id"] == replies[named]["tokentape"]["turn_id"]

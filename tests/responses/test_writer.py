@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from responseskit import PATCH, WEATHER, accumulated, events, post
 
-from gatewaykit import TOKENIZER, Gateway, Json, call, sampled
+from gatewaykit import TOKENIZER, USER, Gateway, Json, call, sampled
 from tokentape.errors import ContextOverflow, EngineAborted, SessionClosed
 from tokentape.gateway.exchange import Progress, Started
-from tokentape.gateway.responses.output import Asked
+from tokentape.gateway.responses.output import ResponseFields
 from tokentape.gateway.responses.reply import ResponsesWriter
 from tokentape.parse import TextDelta
 from tokentape.testing import FakeSGLang, Fault
@@ -21,7 +21,7 @@ TURN = "t-" + "0" * 24
 def writer(tmp_path: Any) -> ResponsesWriter:
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path / "tokenizer.json", template_text="", num_ids=None)
-    return ResponsesWriter(Asked("s", "policy", tokenizer, {"echo": {}}, (), None))
+    return ResponsesWriter(ResponseFields("s", "policy", tokenizer, {"echo": {}}, (), None))
 
 
 def decoded(raw: bytes) -> list[Json]:
@@ -68,6 +68,34 @@ async def test_no_call_leaves_before_its_turn_is_durable(fake: FakeSGLang, gatew
     assert seen[-2]["type"] == "response.failed"
     assert {e["item"]["type"] for e in seen if "item" in e} == {"reasoning", "message"}
     assert [e["item"]["type"] for e in seen if e["type"] == "response.output_item.done"] == ["reasoning"]
+
+
+FUNCTION: Json = {name: WEATHER[name] for name in ("name", "description", "parameters")}
+BODIES: dict[str, Json] = {
+    "chat/completions": {"messages": [USER], "tools": [{"type": "function", "function": FUNCTION}]},
+    "messages": {
+        "messages": [USER],
+        "max_tokens": 500,
+        "tools": [{"name": "weather", "input_schema": FUNCTION["parameters"]}],
+    },
+    "responses": {"input": "hello", "tools": [WEATHER]},
+}
+
+
+@pytest.mark.parametrize("route", BODIES)
+async def test_no_call_leaves_on_any_wire(fake: FakeSGLang, gateway: Gateway, route: str) -> None:
+    """The same reply shows its call where the turn is durable, and does not where it fails."""
+    text = "hello " + call("weather", {"city": "Kyoto"})
+    fake.script(Fault("wrong_count", reply=sampled(text, seed=1)), sampled(text, seed=1))
+    session = await gateway.create()
+    streams: list[bytes] = []
+    for _ in range(2):
+        path, body = f"{gateway.url}/sessions/{session}/v1/{route}", {**BODIES[route], "stream": True}
+        async with gateway.http.post(path, json=body) as response:
+            assert response.status == 200
+            streams.append(await response.read())
+    assert all(b"hello" in stream for stream in streams)
+    assert [b"Kyoto" in stream for stream in streams] == [False, True]
 
 
 async def test_a_retry_is_told_the_same(fake: FakeSGLang, gateway: Gateway) -> None:

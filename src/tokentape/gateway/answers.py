@@ -14,13 +14,15 @@ class Answer:
     """What answers one request: work that samples its turns, then the committed turns `turn_ids`.
 
     Any number of connections hold it, each until it has been served; work that nobody holds is stopped.
-    `committed`: the turns are in the session's tree. `delivered`: a connection has been sent all of it.
+    `committed`: the turns are in the session's tree. `delivered`: a connection has been sent all of it, which
+    may have got lost behind us; `num_retries` asked for it again.
     """
 
     def __init__(self, turn_ids: list[str], *, committed: bool = False) -> None:
         self.turn_ids = turn_ids
         self.committed = committed
         self.delivered = False
+        self.num_retries = 0
         self._num_holders = 0
         self._stopped = False
         self._when_ended: Callable[[bool], None] = _nothing
@@ -190,7 +192,12 @@ class Answers:
         running = next((one for one in known if one.running and not one.stopping), None)
         if running is not None or not is_retry:
             return running
-        return next((one for one in reversed(known) if one.committed), None)
+        # All were sent, but one did not arrive: the latest, or another where that has been asked for again.
+        sent = [one for one in reversed(known) if one.committed]
+        again = min(sent, key=lambda one: one.num_retries, default=None)
+        if again is not None:
+            again.num_retries += 1
+        return again
 
     async def stop(self) -> None:
         """Stop all work, and wait until it has ended."""

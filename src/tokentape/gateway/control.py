@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Meta, Raw
 
 from tokentape.errors import RequestError
-from tokentape.gateway.chat.request import session_sampling
+from tokentape.gateway.fields import session_sampling
 from tokentape.gateway.sessions import Session, Sessions
 from tokentape.types import Json
 
@@ -15,7 +15,7 @@ _Limit = Annotated[int, Meta(ge=1, le=2**53)] | None
 
 
 class Create(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /sessions`. `sampling` has fields of a chat request; `deadline_s` is from now on."""
+    """The body of `POST /sessions`. `sampling` has any of `fields.SAMPLING`; `deadline_s` is from now on."""
 
     session_id: str | None = None
     metadata: Json = msgspec.field(default_factory=dict[str, Any])

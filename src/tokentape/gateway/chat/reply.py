@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from tokentape.errors import ContextOverflow, RequestError, TokentapeError
+from tokentape.errors import TokentapeError
 from tokentape.export import chat_call
 from tokentape.gateway.exchange import Done, Progress, Started
-from tokentape.gateway.wire import event, extension
+from tokentape.gateway.wire import event, extension, openai_error
 from tokentape.parse import CallDelta, ParseEvent, ReasoningDelta, TextDelta
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json
@@ -90,7 +90,7 @@ class ChatWriter:
 
     def error(self, error: TokentapeError) -> bytes:
         """The end of a stream that failed: the SDK raises on it."""
-        return event(error_body(error))
+        return event(openai_error(error))
 
     def ping(self) -> bytes:
         """A comment: every reader of server-sent events skips it."""
@@ -146,14 +146,6 @@ class ChatWriter:
                 yield {**entry(token_id, logprob), "top_logprobs": others}
 
         return {"content": list(entries()), "refusal": None}
-
-
-def error_body(error: TokentapeError) -> Json:
-    """An error in OpenAI's shape."""
-    code = "context_length_exceeded" if isinstance(error, ContextOverflow) else error.kind
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    param = error.param if isinstance(error, RequestError) else None
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 
 def _finish_reason(done: Done) -> str:

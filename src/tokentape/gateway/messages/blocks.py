@@ -5,14 +5,14 @@ stands: its blocks are pieces of one text, and must give back that text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import msgspec
 from msgspec import Raw
 
 from tokentape.errors import RequestError
+from tokentape.gateway.fields import Keys, Unheard, check_calls, misread, read_field
 from tokentape.gateway.sessions import Session
-from tokentape.gateway.wire import read_field
 from tokentape.tree import Known
 from tokentape.types import Json, Message, Role, ToolCall
 
@@ -54,6 +54,16 @@ class _Head(msgspec.Struct):
     type: str
 
 
+class _Place(NamedTuple):
+    """Where something stands in a request, and who takes note of its keys without effect."""
+
+    name: str
+    unheard: Unheard
+
+    def inside(self, name: str) -> "_Place":
+        return _Place(self.name + name, self.unheard)
+
+
 _Block: TypeAlias = _Text | _Thinking | _ToolUse | _ToolResult
 _ROLES: Mapping[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}
 _TEXT: Mapping[str, type[_Block]] = {"text": _Text}
@@ -62,9 +72,14 @@ _BLOCKS: Mapping[Role, Mapping[str, type[_Block]]] = {
     "assistant": {"text": _Text, "thinking": _Thinking, "tool_use": _ToolUse},
     "system": _TEXT,
 }
+_MESSAGE: Keys = dict.fromkeys(_WireMessage.__struct_fields__)
+_KEYS: Mapping[type[_Block], Keys] = {
+    block: dict.fromkeys(("type", "cache_control", *block.__struct_fields__))
+    for block in (_Text, _Thinking, _ToolUse, _ToolResult)
+}
 
 
-def read_system(raw: Raw | None, session: Session) -> tuple[Known, ...]:
+def read_system(raw: Raw | None, session: Session, unheard: Unheard) -> tuple[Known, ...]:
     """The system prompt as a message; () where there is none.
 
     Raises:
@@ -75,13 +90,13 @@ def read_system(raw: Raw | None, session: Session) -> tuple[Known, ...]:
 
     def decode() -> list[Message]:
         content = cast("str | list[Raw] | None", read_field("system", raw, str | list[Raw]))
-        text = _text(content, "system")
+        text = _text(content, _Place("system", unheard))
         return [Message(role="system", content=text)] if text else []
 
     return session.known("messages/system", raw, decode)
 
 
-def read_messages(raws: Sequence[Raw] | None, session: Session) -> list[Known]:
+def read_messages(raws: Sequence[Raw] | None, session: Session, unheard: Unheard) -> list[Known]:
     """The conversation; what this session has seen before, byte for byte, is not decoded again.
 
     Raises:
@@ -92,15 +107,9 @@ def read_messages(raws: Sequence[Raw] | None, session: Session) -> list[Known]:
     known: list[Known] = []
     call_ids: set[str] = set()
     for index, raw in enumerate(raws):
-        where = f"messages[{index}]"
-        for item in session.known("messages", raw, lambda raw=raw, at=where: [*_decode(raw, at, session)]):
-            message = item.message
-            call_ids.update(call.id for call in message.tool_calls)
-            if message.role == "tool" and message.tool_call_id not in call_ids:
-                raise RequestError(
-                    f"{where}: tool_use_id {message.tool_call_id!r} is no `tool_use` block's id before it",
-                    param=f"{where}.content",
-                )
+        place = _Place(f"messages[{index}]", unheard)
+        for item in session.known("messages", raw, lambda raw=raw, at=place: [*_decode(raw, at, session)]):
+            check_calls(item.message, call_ids, place.name, f"{place.name}.content")
             known.append(item)
     if known[-1].message.role == "assistant":
         raise RequestError(
@@ -132,27 +141,29 @@ def _marks(value: Any, where: str) -> Iterator[tuple[str, Any]]:
             yield from _marks(inner, f"{where}.content[{index}]")
 
 
-def _decode(raw: Raw, where: str, session: Session) -> Iterator[Message]:
+def _decode(raw: Raw, place: _Place, session: Session) -> Iterator[Message]:
+    where = place.name
     wire = _read(raw, _WireMessage, where)
+    place.unheard.look(raw, _MESSAGE, where)
     role = _ROLES.get(wire.role)
     if role is None:
         raise RequestError(
             f"{where}.role is {wire.role!r}: it must be one of {', '.join(_ROLES)}", param=f"{where}.role"
         )
     if role == "assistant":
-        yield _said(wire.content, where, session)
+        yield _said(wire.content, place, session)
     elif isinstance(wire.content, str):
         yield Message(role=role, content=wire.content)
     elif not wire.content:
         raise RequestError(f"{where}.content is empty", param=f"{where}.content")
     else:
-        yield from _told(role, wire.content, where)
+        yield from _told(role, wire.content, place)
 
 
-def _told(role: Role, raws: Sequence[Raw], where: str) -> Iterator[Message]:
+def _told(role: Role, raws: Sequence[Raw], place: _Place) -> Iterator[Message]:
     """What was said to the model: its texts and results in their order."""
     texts: list[str] = []
-    for at, block in _blocks(raws, _BLOCKS[role], f"{where}.content"):
+    for at, block in _blocks(raws, _BLOCKS[role], place.inside(".content")):
         if isinstance(block, _Text):
             texts.append(block.text)
             continue
@@ -160,7 +171,7 @@ def _told(role: Role, raws: Sequence[Raw], where: str) -> Iterator[Message]:
             yield Message(role=role, content=_BETWEEN.join(texts))
             texts = []
         if isinstance(block, _ToolResult):
-            text = _text(block.content, f"{at}.content")
+            text = _text(block.content, at.inside(".content"))
             yield Message(
                 role="tool",
                 content=f"{ERROR_PREFIX}{text}" if block.is_error else text,
@@ -170,14 +181,14 @@ def _told(role: Role, raws: Sequence[Raw], where: str) -> Iterator[Message]:
         yield Message(role=role, content=_BETWEEN.join(texts))
 
 
-def _said(content: str | Sequence[Raw], where: str, session: Session) -> Message:
+def _said(content: str | Sequence[Raw], place: _Place, session: Session) -> Message:
     """What the model said."""
     if isinstance(content, str):
         return Message(role="assistant", content=content)
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[ToolCall] = []
-    for _, block in _blocks(content, _BLOCKS["assistant"], f"{where}.content"):
+    for _, block in _blocks(content, _BLOCKS["assistant"], place.inside(".content")):
         match block:
             case _Text(text):
                 texts.append(text)
@@ -201,37 +212,38 @@ def _thought(block: _Thinking, session: Session) -> str:
     return block.thinking if turn is None else turn.reply.reasoning or ""
 
 
-def _text(content: str | Sequence[Raw] | None, where: str) -> str:
-    """Text, or text blocks whose list is at `where`."""
+def _text(content: str | Sequence[Raw] | None, place: _Place) -> str:
+    """Text, or text blocks whose list is at `place`."""
     if content is None or isinstance(content, str):
         return content or ""
-    blocks = _blocks(content, _TEXT, where)
+    blocks = _blocks(content, _TEXT, place)
     return _BETWEEN.join(block.text for _, block in blocks if isinstance(block, _Text))
 
 
 def _blocks(
-    raws: Sequence[Raw], types: Mapping[str, type[_Block]], where: str
-) -> Iterator[tuple[str, _Block]]:
-    """The blocks of the list at `where`, each with where it stands.
+    raws: Sequence[Raw], types: Mapping[str, type[_Block]], place: _Place
+) -> Iterator[tuple[_Place, _Block]]:
+    """The blocks of the list at `place`, each with where it stands.
 
     Raises:
         RequestError: one is of a type that this place does not take.
     """
     for index, raw in enumerate(raws):
-        at = f"{where}[{index}]"
+        inner = place.inside(f"[{index}]")
+        at = inner.name
         name = _read(raw, _Head, at).type
         if name not in types:
             raise RequestError(
                 f"{at}: blocks of type {name!r} are not supported here, only {', '.join(types)}",
                 param=f"{at}.type",
             )
-        yield at, _read(raw, types[name], at)
+        block = _read(raw, types[name], at)
+        place.unheard.look(raw, _KEYS[types[name]], at)
+        yield inner, block
 
 
 def _read(raw: Raw, type_: type[_T], where: str) -> _T:
     try:
         return msgspec.json.decode(raw, type=type_)
     except (msgspec.DecodeError, RecursionError) as error:
-        said = str(error)
-        inside = f" - at `{where}`" if "`$" not in said else ""
-        raise RequestError(said.replace("`$", f"`{where}") + inside, param=where) from None
+        raise misread(error, where) from None

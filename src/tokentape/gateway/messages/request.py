@@ -1,6 +1,6 @@
 """Anthropic Messages → a turn."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
@@ -8,26 +8,25 @@ from msgspec import Meta, Raw
 
 from tokentape.errors import RequestError
 from tokentape.gateway.exchange import TurnRequest
+from tokentape.gateway.fields import (
+    SAMPLING,
+    Fields,
+    Keys,
+    Positive,
+    Unheard,
+    check_ignored,
+    read_demand,
+    read_fields,
+    read_frame,
+    read_sampling,
+    template_arguments,
+    thinking_arguments,
+)
 from tokentape.gateway.messages.blocks import read_cache_control, read_messages, read_system
 from tokentape.gateway.messages.reply import MessagesWriter
 from tokentape.gateway.messages.tools import read_tools
-from tokentape.gateway.wire import (
-    MAX_INT,
-    AgentRequest,
-    Decoded,
-    Fields,
-    Fraction,
-    Positive,
-    check_ignored,
-    check_template_arguments,
-    read_fields,
-    read_origin,
-    thinking_arguments,
-)
-from tokentape.render import Frame
-from tokentape.types import CallOutput, Demand, Json, JsonOutput, Sampling
-
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+from tokentape.gateway.wire import AgentRequest, Decoded, read_origin
+from tokentape.types import Json
 
 
 class _Thinking(msgspec.Struct):
@@ -66,24 +65,25 @@ HONOURED: Mapping[str, Any] = {
     "stream": bool,
     "stop_sequences": list[Annotated[str, Meta(min_length=1)]],
     "temperature": Annotated[float, Meta(ge=0, le=1)],
-    "top_p": Fraction,
-    "top_k": Annotated[int, Meta(ge=-1, le=MAX_INT)],
+    "top_p": SAMPLING["top_p"],
+    "top_k": SAMPLING["top_k"],
     "tools": list[dict[str, Raw]],
     "tool_choice": _ToolChoice,
     "thinking": _Thinking,
     "output_config": _OutputConfig,
     "output_format": _OutputFormat,
-    # Kept with the turn; it changes nothing else.
+    "context_management": _ContextManagement,  # the reply says that nothing was edited
+    # Kept with the turn; they change nothing.
     "metadata": Json,
     "cache_control": Json,
-    "context_management": _ContextManagement,
     # Not Anthropic's.
-    "min_p": Annotated[float, Meta(ge=0, le=1)],
-    "stop_token_ids": list[Annotated[int, Meta(ge=0, le=MAX_INT)]],
-    "frequency_penalty": _Penalty,
-    "presence_penalty": _Penalty,
-    "repetition_penalty": Annotated[float, Meta(gt=0, le=2)],
-    "seed": Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)],
+    **{
+        name: SAMPLING[name]
+        for name in (
+            *("min_p", "stop_token_ids", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+            *("seed", "logit_bias"),
+        )
+    },
     "chat_template_kwargs": Json,
     "return_token_ids": bool,
 }
@@ -96,6 +96,15 @@ REFUSED: Mapping[str, tuple[Any, str]] = {
     "n": (1, "one reply a request"),
     "stop": (None, "use `stop_sequences`"),
     "response_format": (None, "use `output_config.format`"),
+}
+# What is heard inside fields; of `output_config.format` the SDK's helpers also send a name.
+_FORMAT: Keys = dict.fromkeys(("type", "schema", "name"))
+_INSIDE: Mapping[str, Keys] = {
+    "tool_choice": dict.fromkeys(("type", "name", "disable_parallel_tool_use")),
+    "thinking": dict.fromkeys(("type", "budget_tokens", "display")),
+    "output_config": {"effort": None, "format": _FORMAT, "task_budget": None},
+    "output_format": _FORMAT,
+    "context_management": {"edits": None},
 }
 _KEEPS_ALL: Json = {"type": "clear_thinking_20251015", "keep": "all"}
 
@@ -128,21 +137,25 @@ def _decode(request: AgentRequest) -> Decoded:
     fields = read_fields(request.body, HONOURED, REFUSED, strict=config.strict)
     values = fields.values
     tools, tools_ignored = read_tools(values.get("tools", []))
-    arguments, arguments_ignored = _arguments(values, config.template_variables)
-    try:
-        frame, frame_key = session.frame(tools, arguments)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestError(f"`tools` or `chat_template_kwargs`: {error}", param="tools") from None
-    ignored = tuple(sorted({*fields.ignored, *tools_ignored, *arguments_ignored, *_ignored(values)}))
-    check_ignored(ignored, strict=config.strict)
+    unheard = Unheard(config.strict)
+    unheard.look_inside(fields, _INSIDE)
+    arguments, unused = template_arguments(
+        values.get("chat_template_kwargs", {}), _asked(values, config.template_variables)
+    )
+    frame, frame_key = read_frame(session, tools, arguments)
     choice = values.get("tool_choice") or _ToolChoice("auto")
-    parse_calls, demand = _demand(values, choice, frame)
-    sampling = _sampling(values)
+    names = [cast("str", tool["function"]["name"]) for tool in frame.tools]
+    parse_calls, demand, pointless = read_demand(_choice(choice, names), names, _schema(values))
+    without = (*sorted(tools_ignored), *unused, *pointless, *_ignored(values))
+    check_ignored(without, strict=config.strict)
+    sampling = read_sampling(
+        values, max_tokens=values.get("max_tokens"), stop=values.get("stop_sequences", ())
+    )
+    system = read_system(fields.raw.get("system"), session, unheard)
+    messages = read_messages(values.get("messages"), session, unheard)
+    ignored = tuple(sorted({*fields.ignored, *without, *unheard.names}))
     turn = TurnRequest(
-        messages=[
-            *read_system(fields.raw.get("system"), session),
-            *read_messages(values.get("messages"), session),
-        ],
+        messages=[*system, *messages],
         frame=frame,
         frame_key=frame_key,
         sampling=sampling,
@@ -167,10 +180,8 @@ def _decode(request: AgentRequest) -> Decoded:
     return Decoded(turn, writer)
 
 
-def _arguments(values: Mapping[str, Any], variables: frozenset[str]) -> tuple[bytes, list[str]]:
-    """Template arguments as JSON, and the fields that asked for some without effect."""
-    given: Json = values.get("chat_template_kwargs", {})
-    check_template_arguments(given, "chat_template_kwargs")
+def _asked(values: Mapping[str, Any], variables: frozenset[str]) -> list[tuple[str, Json]]:
+    """The fields that ask for template arguments, and which."""
     asked: list[tuple[str, Json]] = []
     if (thinking := values.get("thinking")) is not None:
         asked.append(("thinking", thinking_arguments(variables, enabled=thinking.type != "disabled")))
@@ -178,10 +189,7 @@ def _arguments(values: Mapping[str, Any], variables: frozenset[str]) -> tuple[by
         # It says how much to think, not whether to: a switch is not meant.
         heard = thinking_arguments(variables & {"reasoning_effort"}, effort=effort)
         asked.append(("output_config.effort", heard))
-    arguments = {name: value for _, wanted in asked for name, value in wanted.items()} | given
-    return msgspec.json.encode(arguments), [
-        field for field, wanted in asked if not wanted or not wanted.items() <= arguments.items()
-    ]
+    return asked
 
 
 def _ignored(values: Mapping[str, Any]) -> list[str]:
@@ -198,49 +206,29 @@ def _ignored(values: Mapping[str, Any]) -> list[str]:
     return ignored
 
 
-def _demand(values: Mapping[str, Any], choice: _ToolChoice, frame: Frame) -> tuple[bool, Demand | None]:
-    """Whether tool calls are wanted, and what the reply must be."""
-    names = tuple(cast("str", tool["function"]["name"]) for tool in frame.tools)
-    calls = bool(names) and choice.type != "none"
-    schema = _schema(values)
-    if choice.type in ("auto", "none"):
-        return calls, None if schema is None else JsonOutput(schema, names if calls else ())
-    if choice.type == "tool" and choice.name is None:
-        raise RequestError("`tool_choice.name` is missing", param="tool_choice.name")
-    wanted = names if choice.name is None or choice.type == "any" else (choice.name,)
-    if not wanted or not set(wanted) <= set(names):
-        missing = f"{wanted[0]!r} is none of `tools`" if wanted else "there are no `tools`"
-        raise RequestError(f"`tool_choice` asks for a call, and {missing}", param="tool_choice")
-    return True, CallOutput(wanted)
+def _choice(choice: _ToolChoice, names: Sequence[str]) -> Literal["auto", "none"] | Sequence[str]:
+    """`tool_choice`, or the names of the tools of which one must be called."""
+    match choice.type:
+        case "auto" | "none":
+            return choice.type
+        case "any":
+            return names
+        case "tool":
+            if choice.name is None:
+                raise RequestError("`tool_choice.name` is missing", param="tool_choice.name")
+            return (choice.name,)
 
 
-def _schema(values: Mapping[str, Any]) -> Json | None:
-    """The JSON schema that the reply's text must follow; the field has an older name."""
+def _schema(values: Mapping[str, Any]) -> tuple[str, Json | None]:
+    """The field for the JSON schema that the reply's text must follow, and the schema."""
     output, older = values.get("output_config", _OutputConfig()).format, values.get("output_format")
     if output is not None and older is not None and output.schema != older.schema:
         raise RequestError(
             "`output_config.format` and `output_format` differ: send one", param="output_format"
         )
-    wanted = output or older
-    return None if wanted is None else wanted.schema
-
-
-def _sampling(values: Mapping[str, Any]) -> Sampling:
-    if values.get("top_k") == 0:  # SGLang refuses it; elsewhere it means "all" as -1 does
-        raise RequestError("`top_k` must be at least 1, or -1 for all tokens", param="top_k")
-    return Sampling(
-        temperature=values.get("temperature"),
-        top_p=values.get("top_p"),
-        top_k=values.get("top_k"),
-        min_p=values.get("min_p"),
-        max_tokens=values.get("max_tokens"),
-        stop=tuple(values.get("stop_sequences", ())),
-        stop_token_ids=tuple(values.get("stop_token_ids", ())),
-        frequency_penalty=values.get("frequency_penalty"),
-        presence_penalty=values.get("presence_penalty"),
-        repetition_penalty=values.get("repetition_penalty"),
-        seed=values.get("seed"),
-    )
+    if output is None and older is not None:
+        return "output_format", older.schema
+    return "output_config.format", None if output is None else output.schema
 
 
 def _noted(fields: Fields, request: AgentRequest) -> Json:

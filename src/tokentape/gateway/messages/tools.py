@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Raw
 
 from tokentape.errors import RequestError
-from tokentape.gateway.wire import read_field
+from tokentape.gateway.fields import read_field
 
 # What a field's JSON begins with, and what that is. Values are passed on as they are written, not decoded.
 _HONOURED: Mapping[str, tuple[bytes, str]] = {

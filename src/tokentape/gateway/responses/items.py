@@ -8,13 +8,14 @@ call, and where the items' ids name another turn.
 import base64
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
 from msgspec import Raw
 
 from tokentape.errors import NotFound, RequestError
+from tokentape.gateway.fields import Keys, Unheard, check_arguments, misread
 from tokentape.gateway.responses.tools import joined_name, offered
 from tokentape.gateway.sessions import Session
 from tokentape.tape import Turn
@@ -32,6 +33,20 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_t
 _ITEM_ID = re.compile(r"(rs|msg|fc|ctc)_([0-9a-f]{24})_(\d{1,4})")
 _RESPONSE_ID = re.compile(r"resp_([0-9a-f]{24})")
 _SEALED = "tt1."
+# What is heard of an item, or tells nothing that matters.
+_PARTS: Keys = dict.fromkeys(("type", "text", "refusal"))
+_ANY: Keys = dict.fromkeys(("type", "id", "status"))
+_CALL: Keys = {**_ANY, **dict.fromkeys(("call_id", "name", "namespace"))}
+_OUTPUT: Keys = {**_ANY, "call_id": None, "output": _PARTS}
+_KEYS: dict[str, Keys] = {
+    "message": {**_ANY, "role": None, "content": _PARTS},
+    "reasoning": {**_ANY, "content": _PARTS, "summary": _PARTS, "encrypted_content": None},
+    "function_call": {**_CALL, "arguments": None},
+    "custom_tool_call": {**_CALL, "input": None},
+    "function_call_output": _OUTPUT,
+    "custom_tool_call_output": _OUTPUT,
+    "item_reference": _ANY,
+}
 _KINDS = {"rs": "reasoning", "msg": "text", "fc": "call", "ctc": "call"}
 
 
@@ -141,7 +156,9 @@ def custom_input(arguments: str) -> str:
             return arguments
 
 
-def read_input(raw: Raw, items: str | Sequence[Raw], session: Session) -> Iterator[tuple[int, Known]]:
+def read_input(
+    raw: Raw, items: str | Sequence[Raw], session: Session, unheard: Unheard
+) -> Iterator[tuple[int, Known]]:
     """The messages of `input`, each with the place of its first item.
 
     Items that the session has seen before, byte for byte and grouped alike, are not decoded again.
@@ -155,12 +172,14 @@ def read_input(raw: Raw, items: str | Sequence[Raw], session: Session) -> Iterat
     for group in _groups(_heads(raw)):
         places = group.places
         whole = items[places[0]] if len(places) == 1 else Raw(b"".join([items[at] for at in places]))
-        for known in session.known("responses", whole, _decoder(items, places, session)):
-            yield places[0], known
+        for known in session.known("responses", whole, _decoder(items, places, session, unheard)):
+            yield places[0], replace(known, turn_id=group.turn_id) if group.turn_id else known
 
 
-def _decoder(items: Sequence[Raw], places: Sequence[int], session: Session) -> Callable[[], list[Message]]:
-    return lambda: [_message([_item(items[at], f"input[{at}]", session) for at in places])]
+def _decoder(
+    items: Sequence[Raw], places: Sequence[int], session: Session, unheard: Unheard
+) -> Callable[[], list[Message]]:
+    return lambda: [_message([_item(items[at], f"input[{at}]", session, unheard) for at in places])]
 
 
 def _said(role: Role, content: str) -> Message:
@@ -171,7 +190,7 @@ def _heads(raw: Raw) -> list[_Head]:
     try:
         return msgspec.json.decode(raw, type=list[_Head])
     except msgspec.DecodeError as error:
-        raise RequestError(str(error).replace("`$", "`input"), param="input") from None
+        raise misread(error, "input") from None
 
 
 def _groups(heads: Sequence[_Head]) -> Iterator[_Group]:
@@ -220,20 +239,23 @@ def _turn_of(head: _Head) -> str | None:
 # -- one item
 
 
-def _item(raw: Raw, where: str, session: Session) -> Message:
+def _item(raw: Raw, where: str, session: Session, unheard: Unheard) -> Message:
     """What one item says, as a message of its own."""
     try:
         item = msgspec.json.decode(raw, type=_Item)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestError(str(error).replace("`$", f"`{where}"), param=where) from None
-    match item.type or ("message" if item.role is not None else "item_reference"):
+        raise misread(error, where) from None
+    kind = item.type or ("message" if item.role is not None else "item_reference")
+    if kind in _KEYS:
+        unheard.look(raw, _KEYS[kind], where)
+    match kind:
         case "message":
             return _text_message(item, where)
         case "reasoning":
             return Message(role="assistant", reasoning=_reasoning(item, where))
         case "function_call":
             name = joined_name(_need(item.name, "name", where), item.namespace)
-            arguments = _need(item.arguments, "arguments", where)
+            arguments = check_arguments(_need(item.arguments, "arguments", where), where)
             return _called(ToolCall(_need(item.call_id, "call_id", where), name, arguments))
         case "custom_tool_call":
             return _called(_custom_call(item, where, session))
@@ -245,7 +267,7 @@ def _item(raw: Raw, where: str, session: Session) -> Message:
             )
         case "item_reference":
             return _referenced(item.id or "", where, session)
-        case kind:
+        case _:
             raise RequestError(
                 f"`{where}` is of type {kind!r}, which is not supported here: only messages, reasoning, "
                 "calls of functions and custom tools, and their outputs",

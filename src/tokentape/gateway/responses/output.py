@@ -19,7 +19,7 @@ SEALED = "reasoning.encrypted_content"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ResponseFields:
     """What a request asked of its response, and what the response repeats of it.
 
     `noted` is what the turn's record keeps: `echo` (fields as they came), `include`, whether there were
@@ -57,13 +57,13 @@ class Asked:
 
 def asked_of(
     turn: Turn, conversation: Sequence[Message], session_id: str, config: WireConfig, include: Sequence[str]
-) -> Asked:
+) -> ResponseFields:
     """What the request of a recorded turn had asked; `include` is asked for now.
 
     `conversation` begins as the turn's does.
     """
     noted: Json = {"echo": {}, **turn.origin.noted}
-    return Asked(
+    return ResponseFields(
         session_id=session_id,
         model=noted["echo"].get("model", config.model),
         tokenizer=config.tokenizer,
@@ -73,7 +73,7 @@ def asked_of(
     )
 
 
-def reasoning_item(id_: str, text: str, status: str, asked: Asked) -> Json:
+def reasoning_item(id_: str, text: str, status: str, asked: ResponseFields) -> Json:
     """A thought, whole. Its summary, where asked for, is all of it."""
     return {
         "id": id_,
@@ -115,7 +115,7 @@ def call_item(id_: str, piece: Message, tools: Mapping[str, Offered]) -> Json:
 
 
 def piece_item(
-    id_: str, prefix: str, piece: Message, status: str, asked: Asked, tools: Mapping[str, Offered]
+    id_: str, prefix: str, piece: Message, status: str, asked: ResponseFields, tools: Mapping[str, Offered]
 ) -> Json:
     """One of `items.pieces_of` as an item."""
     if prefix == "rs":
@@ -125,7 +125,7 @@ def piece_item(
     return call_item(id_, piece, tools)
 
 
-def output_items(turn: Turn, asked: Asked) -> list[Json]:
+def output_items(turn: Turn, asked: ResponseFields) -> list[Json]:
     """What a turn said: its reasoning, its text, its calls. What the length limit cut is incomplete."""
     tools = asked.offered()
     pieces = pieces_of(turn.reply, turn.origin.noted)
@@ -137,7 +137,7 @@ def output_items(turn: Turn, asked: Asked) -> list[Json]:
     return out
 
 
-def begun(turn_id: str, created_at: float, asked: Asked) -> Json:
+def begun(turn_id: str, created_at: float, asked: ResponseFields) -> Json:
     """A response that has just begun."""
     echo = asked.echo
     text: Any = echo.get("text", {"format": {"type": "text"}})
@@ -172,7 +172,7 @@ def begun(turn_id: str, created_at: float, asked: Asked) -> Json:
     }
 
 
-def ended(response: Json, done: Done, asked: Asked) -> Json:
+def ended(response: Json, done: Done, asked: ResponseFields) -> Json:
     """The response of a committed turn."""
     turn = done.turn
     cut = turn.finish_reason == "length"

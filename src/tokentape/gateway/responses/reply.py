@@ -7,18 +7,17 @@ from typing import Any
 import msgspec
 
 from tokentape.errors import ContextOverflow, TokentapeError
-from tokentape.gateway.chat import reply as chat
 from tokentape.gateway.exchange import Done, Progress, Started
 from tokentape.gateway.responses.items import item_id
 from tokentape.gateway.responses.output import (
-    Asked,
+    ResponseFields,
     begun,
     ended,
     message_item,
     output_text,
     reasoning_item,
 )
-from tokentape.gateway.wire import event
+from tokentape.gateway.wire import event, openai_error
 from tokentape.parse import CallDelta, ReasoningDelta, TextDelta
 from tokentape.types import Json
 
@@ -29,11 +28,11 @@ _PARAMS = {"messages": "input", "response_format": "text.format", "max_tokens": 
 class ResponsesWriter:
     """A `gateway.wire.Writer` for one request.
 
-    A stream shows reasoning and text as they come. Calls, and the end of the text, leave only when the turn
-    is durable: agents run a call as soon as they have read it.
+    A stream shows reasoning and text as they come. Calls are written with the rest of the turn's items: they
+    come when it is durable anyway, and their places are known then.
     """
 
-    asked: Asked
+    asked: ResponseFields
     _response: Json = field(default_factory=dict[str, Any])
     _turn_id: str = ""
     _num_events: int = 0
@@ -193,7 +192,7 @@ class ResponsesWriter:
 
 def error_body(error: TokentapeError) -> Json:
     """An error in OpenAI's shape, in the words of its Responses API."""
-    body = chat.error_body(error)
+    body = openai_error(error)
     fields = body["error"]
     fields["param"] = _PARAMS.get(fields["param"], fields["param"])
     if isinstance(error, ContextOverflow):

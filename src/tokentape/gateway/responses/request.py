@@ -6,31 +6,33 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Raw
-from msgspec.structs import replace
 
 from tokentape.errors import RequestError
-from tokentape.gateway.chat import request as chat
 from tokentape.gateway.exchange import TurnRequest
+from tokentape.gateway.fields import (
+    SAMPLING,
+    Fields,
+    Keys,
+    Positive,
+    Unheard,
+    check_calls,
+    check_ignored,
+    read_demand,
+    read_fields,
+    read_frame,
+    read_sampling,
+    template_arguments,
+    thinking_arguments,
+)
 from tokentape.gateway.responses.items import find_response, read_input
-from tokentape.gateway.responses.output import Asked
+from tokentape.gateway.responses.output import ResponseFields
 from tokentape.gateway.responses.reply import ResponsesWriter
 from tokentape.gateway.responses.tools import Choice, Tools, read_choice, read_tools
 from tokentape.gateway.sessions import Session
-from tokentape.gateway.wire import (
-    AgentRequest,
-    Decoded,
-    Fields,
-    Positive,
-    check_ignored,
-    check_template_arguments,
-    read_fields,
-    read_origin,
-    thinking_arguments,
-)
-from tokentape.render import Frame
+from tokentape.gateway.wire import AgentRequest, Decoded, read_origin
 from tokentape.tape import Turn
 from tokentape.tree import Known
-from tokentape.types import CallOutput, Demand, Json, JsonOutput, Message, Sampling
+from tokentape.types import Json, Message
 
 
 class _Reasoning(msgspec.Struct, omit_defaults=True):
@@ -79,18 +81,8 @@ HONOURED: Mapping[str, Any] = {
             "message.output_text.logprobs",
         ]
     ],
-    "temperature": chat.HONOURED["temperature"],
-    "top_p": chat.HONOURED["top_p"],
-    # Not OpenAI's: as in Chat Completions.
-    "top_k": chat.HONOURED["top_k"],
-    "min_p": chat.HONOURED["min_p"],
-    "stop": chat.HONOURED["stop"],
-    "stop_token_ids": chat.HONOURED["stop_token_ids"],
-    "frequency_penalty": chat.HONOURED["frequency_penalty"],
-    "presence_penalty": chat.HONOURED["presence_penalty"],
-    "repetition_penalty": chat.HONOURED["repetition_penalty"],
-    "seed": chat.HONOURED["seed"],
-    "logit_bias": chat.HONOURED["logit_bias"],
+    # All but two are not OpenAI's here: as in Chat Completions.
+    **{name: type_ for name, type_ in SAMPLING.items() if name != "max_tokens"},
     "chat_template_kwargs": dict[str, Any],
     "return_token_ids": bool,
 }
@@ -104,7 +96,18 @@ REFUSED: Mapping[str, tuple[Any, str]] = {
     "moderation": (None, "nothing is moderated here"),
     "n": (1, "one response a request"),
 }
-_SAMPLING = frozenset(HONOURED) & frozenset(Sampling.__struct_fields__)
+# What is heard inside fields, or asks for nothing that is not kept to anyway.
+_INSIDE: Mapping[str, Keys] = {
+    "reasoning": dict.fromkeys(_Reasoning.__struct_fields__),
+    "text": {
+        "format": dict.fromkeys(("type", "name", "schema", "strict", "description")),
+        "verbosity": None,
+    },
+    "tool_choice": {
+        **dict.fromkeys(("type", "name", "mode")),
+        "tools": dict.fromkeys(("type", "name")),
+    },
+}
 _ECHOED = (
     *("model", "metadata", "max_output_tokens", "parallel_tool_calls", "previous_response_id", "store"),
     *("temperature", "top_p", "truncation", "tool_choice", "reasoning"),
@@ -122,24 +125,36 @@ def decode(request: AgentRequest) -> Decoded:
     session, config = request.session, request.config
     fields = read_fields(request.body, HONOURED, REFUSED, strict=config.strict)
     values = fields.values
-    tools = read_tools(values.get("tools", ()))
-    frame, frame_key, thinking = _frame(fields, tools, request)
-    parse_calls, demand = _demand(values, tools)
+    unheard = Unheard(config.strict)
+    unheard.look_inside(fields, _INSIDE)
+    tools = read_tools(values.get("tools", ()), unheard)
+    told: list[tuple[str, Json]] = []
+    if (effort := values.get("reasoning", _Reasoning()).effort) is not None:
+        thinking = thinking_arguments(config.template_variables, effort=effort)
+        told.append(("reasoning.effort", thinking))
+    arguments, unused = template_arguments(values.get("chat_template_kwargs", {}), told)
+    frame, frame_key = read_frame(session, tools.to_json(), arguments)
+    choice = read_choice(values.get("tool_choice", "auto"), tools)
+    parse_calls, demand, pointless = read_demand(choice, tools.names, ("text.format", _schema(values)))
     if "message.output_text.logprobs" in values.get("include", ()):
         raise RequestError(
             "`include`: log-probabilities of a text are not served; `return_token_ids: true` brings every "
             "sampled token with its own",
             param="include",
         )
-    ignored = (*fields.ignored, *_without_effect(values, thinking))
-    check_ignored(ignored, strict=config.strict)
+    without = (*unused, *pointless, *_without_effect(values))
+    check_ignored(without, strict=config.strict)
+    conversation = _conversation(fields, session, unheard)
+    ignored = (*fields.ignored, *without, *sorted(unheard.names))
     noted = _noted(fields, tools)
     parts = [b"%s\0%s" % (name.encode(), fields.raw[name]) for name in sorted(fields.raw.keys() - _VOLATILE)]
     turn = TurnRequest(
-        messages=_conversation(fields, session),
+        messages=conversation,
         frame=frame,
         frame_key=frame_key,
-        sampling=_sampling(fields),
+        sampling=read_sampling(
+            values, max_tokens=values.get("max_output_tokens"), stop=values.get("stop", ())
+        ),
         origin=read_origin("responses", dataclasses.replace(request, body=b"\0".join(parts)), ignored, noted),
         stream=values.get("stream", False),
         parse_calls=parse_calls,
@@ -147,7 +162,7 @@ def decode(request: AgentRequest) -> Decoded:
         demand=demand,
         clamp=True,
     )
-    asked = Asked(
+    asked = ResponseFields(
         session_id=session.session_id,
         model=values.get("model", config.model),
         tokenizer=config.tokenizer,
@@ -159,42 +174,23 @@ def decode(request: AgentRequest) -> Decoded:
     return Decoded(turn, ResponsesWriter(asked))
 
 
-def _frame(
-    fields: Fields, tools: Tools, request: AgentRequest
-) -> tuple[Frame, tuple[bytes, bytes], Mapping[str, Any]]:
-    """Tools and template arguments, with their identity; and what tells the template how much to think."""
-    arguments = dict(fields.values.get("chat_template_kwargs", {}))
-    check_template_arguments(arguments, "chat_template_kwargs")
-    effort = fields.values.get("reasoning", _Reasoning()).effort
-    thinking = thinking_arguments(request.config.template_variables, effort=effort)
-    try:
-        frame = request.session.frame(tools.to_json(), msgspec.json.encode({**thinking, **arguments}))
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestError(f"`tools` or `chat_template_kwargs`: {error}", param="tools") from None
-    return *frame, thinking
-
-
-def _demand(values: Mapping[str, Any], tools: Tools) -> tuple[bool, Demand | None]:
-    """Whether tool calls are wanted, and what the reply must be."""
-    calls, wanted = read_choice(values.get("tool_choice", "auto"), tools)
-    if wanted:
-        return True, CallOutput(wanted)
+def _schema(values: Mapping[str, Any]) -> Json | None:
+    """The JSON schema that the reply's text must follow."""
     output = values.get("text", _Text()).format
     if output is None or output.type == "text":
-        return calls, None
+        return None
     schema = {"type": "object"} if output.type == "json_object" else output.schema
     if schema is None:
         raise RequestError("`text.format.schema` is missing", param="text.format.schema")
-    return calls, JsonOutput(schema, tuple(tools.names) if calls else ())
+    return schema
 
 
-def _without_effect(values: Mapping[str, Any], thinking: Mapping[str, Any]) -> list[str]:
+def _without_effect(values: Mapping[str, Any]) -> list[str]:
     """What was asked for inside honoured fields and changes nothing."""
     reasoning = values.get("reasoning", _Reasoning())
     asked = {
         "truncation": values.get("truncation") == "auto",  # nothing is dropped: too long is an error
         "text.verbosity": values.get("text", _Text()).verbosity is not None,
-        "reasoning.effort": reasoning.effort is not None and not thinking,
         "reasoning.context": reasoning.context not in (None, "auto"),
         "reasoning.mode": reasoning.mode not in (None, "standard"),
     }
@@ -222,12 +218,7 @@ def _noted(fields: Fields, tools: Tools) -> Json:
     return {name: value for name, value in noted.items() if value or name == "echo"}
 
 
-def _sampling(fields: Fields) -> Sampling:
-    sampling = chat.session_sampling({name: fields.raw[name] for name in _SAMPLING if name in fields.raw})
-    return replace(sampling, max_tokens=fields.values.get("max_output_tokens"))
-
-
-def _conversation(fields: Fields, session: Session) -> list[Known]:
+def _conversation(fields: Fields, session: Session, unheard: Unheard) -> list[Known]:
     """Instructions, what the previous response had before it and said, and the input."""
     values = fields.values
     known: list[Known] = []
@@ -242,14 +233,8 @@ def _conversation(fields: Fields, session: Session) -> list[Known]:
     if not values.get("input"):
         raise RequestError("`input` must have at least one item", param="input")
     call_ids = {call.id for item in known for call in item.message.tool_calls}
-    for place, item in read_input(fields.raw["input"], values["input"], session):
-        message = item.message
-        call_ids.update(call.id for call in message.tool_calls)
-        if message.role == "tool" and message.tool_call_id not in call_ids:
-            raise RequestError(
-                f"No tool call found for function call output with call_id {message.tool_call_id}.",
-                param=f"input[{place}].call_id",
-            )
+    for place, item in read_input(fields.raw["input"], values["input"], session, unheard):
+        check_calls(item.message, call_ids, f"input[{place}]", f"input[{place}].call_id")
         known.append(item)
     return known
 
@@ -263,4 +248,7 @@ def _recorded(turn: Turn, session: Session) -> Sequence[Known]:
             "resp.turn", Raw(one.turn_id.encode()), lambda one=one: [*one.messages, one.reply]
         )
     ]
+    known[-1] = dataclasses.replace(
+        known[-1], turn_id=turn.turn_id
+    )  # not another that says the same
     return known[1:] if turn.origin.noted.get("instructions") else known

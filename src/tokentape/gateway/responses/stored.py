@@ -5,7 +5,14 @@ from typing import TypeAlias
 
 from tokentape.errors import RequestError
 from tokentape.gateway.responses.items import find_response, pieces_of, response_id
-from tokentape.gateway.responses.output import Asked, asked_of, begun, ended, output_items, piece_item
+from tokentape.gateway.responses.output import (
+    ResponseFields,
+    asked_of,
+    begun,
+    ended,
+    output_items,
+    piece_item,
+)
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.turn import Turns
 from tokentape.gateway.wire import WireConfig
@@ -94,7 +101,7 @@ def cancel(session: Session, turns: Turns, config: WireConfig, id_: str, query: 
     )
 
 
-def _asked(turn: Turn, session: Session, config: WireConfig, query: Mapping[str, str]) -> Asked:
+def _asked(turn: Turn, session: Session, config: WireConfig, query: Mapping[str, str]) -> ResponseFields:
     include = [value for name in ("include", "include[]") for value in query.get(name, "").split(",")]
     conversation = session.tree.path(turn.turn_id)[0].messages
     return asked_of(turn, conversation, session.session_id, config, include)
@@ -119,7 +126,7 @@ def _items(turn: Turn, session: Session, config: WireConfig, query: Mapping[str,
     return items
 
 
-def _said(message: Message, number: str, asked: Asked, custom: set[str]) -> Sequence[Json]:
+def _said(message: Message, number: str, asked: ResponseFields, custom: set[str]) -> Sequence[Json]:
     """A message that came with a request."""
     if message.role == "assistant":
         tools = asked.offered()

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Raw
 
 from tokentape.errors import RequestError
+from tokentape.gateway.fields import Keys, Unheard, misread
 from tokentape.types import Json
 
 _HINTS: Mapping[str, str] = {
@@ -38,6 +39,12 @@ class _Tool(msgspec.Struct):
     defer_loading: bool | None = None
     format: _Format | None = None
     tools: list[Raw] | None = None
+
+
+_KEYS: Keys = {
+    **dict.fromkeys(_Tool.__struct_fields__),
+    "format": dict.fromkeys(_Format.__struct_fields__),
+}
 
 
 class _Named(msgspec.Struct, omit_defaults=True):
@@ -117,7 +124,7 @@ def joined_name(name: str, namespace: str | None) -> str:
     return name if namespace is None else f"{namespace}__{name}"
 
 
-def read_tools(raws: Sequence[Raw]) -> Tools:
+def read_tools(raws: Sequence[Raw], unheard: Unheard) -> Tools:
     """Read the tools of a request.
 
     Raises:
@@ -126,14 +133,14 @@ def read_tools(raws: Sequence[Raw]) -> Tools:
     tools = Tools()
     for index, raw in enumerate(raws):
         where = f"tools[{index}]"
-        tool = _read(raw, where)
+        tool = _read(raw, where, unheard)
         if tool.type == "namespace":
             if not tool.name:
                 raise RequestError(f"`{where}.name` is missing", param=f"{where}.name")
             inner: list[Any] = []
             for at, inner_raw in enumerate(tool.tools or ()):
                 place = f"{where}.tools[{at}]"
-                one = _read(inner_raw, place)
+                one = _read(inner_raw, place, unheard)
                 _check_type(one, place)
                 tools.add(one, place, tool.name)
                 inner.append(_plain(inner_raw, place) if one.type == "custom" else one.name)
@@ -181,43 +188,42 @@ def wire_tools(functions: Sequence[Json], special: Sequence[Json], strict: Seque
     return out
 
 
-def read_choice(choice: str | Choice, tools: Tools) -> tuple[bool, tuple[str, ...]]:
-    """Whether calls are wanted, and of which tools one must be called (none: no need to call any).
+def read_choice(choice: str | Choice, tools: Tools) -> Literal["auto", "none"] | Sequence[str]:
+    """`tool_choice`, or the names of the tools of which one must be called.
 
     Raises:
-        RequestError: it asks for a tool that is not there, or for what cannot be kept.
+        RequestError: it asks for what cannot be kept.
     """
-    if choice in ("auto", "none"):
-        return bool(tools.names) and choice == "auto", ()
-    if choice == "required":
-        names = tuple(tools.names)
-    elif isinstance(choice, Choice) and choice.type in ("function", "custom"):
-        names = (choice.name or "",)
-    elif isinstance(choice, Choice) and choice.type == "allowed_tools":
-        names = tuple(tool.name or tool.type for tool in choice.tools or ())
-        if choice.mode != "required" and set(names) >= set(tools.names):
-            return bool(names), ()
-        if choice.mode != "required":
+    match choice:
+        case "auto" | "none":
+            return choice
+        case "required":
+            return tools.names
+        case Choice(type="function" | "custom"):
+            return (choice.name or "",)
+        case Choice(type="allowed_tools"):
+            names = [tool.name or tool.type for tool in choice.tools or ()]
+            if choice.mode == "required":
+                return names
+            if set(names) >= set(tools.names):
+                return "auto"
             raise RequestError(
                 "`tool_choice`: allowed tools can be kept to with mode 'required' only; send the allowed "
                 "ones alone as `tools`",
                 param="tool_choice",
             )
-    else:
-        kind = choice.type if isinstance(choice, Choice) else choice
-        raise RequestError(f"`tool_choice`: {kind!r} is not supported here", param="tool_choice")
-    if not names or not set(names) <= set(tools.names):
-        missing = next((name for name in names if name not in tools.names), None)
-        what = "there are no `tools`" if missing is None else f"{missing!r} is none of `tools`"
-        raise RequestError(f"`tool_choice` asks for a call, and {what}", param="tool_choice")
-    return True, names
+        case _:
+            kind = choice.type if isinstance(choice, Choice) else choice
+            raise RequestError(f"`tool_choice`: {kind!r} is not supported here", param="tool_choice")
 
 
-def _read(raw: Raw, where: str) -> _Tool:
+def _read(raw: Raw, where: str, unheard: Unheard) -> _Tool:
     try:
-        return msgspec.json.decode(raw, type=_Tool)
+        tool = msgspec.json.decode(raw, type=_Tool)
+        unheard.look(raw, _KEYS, where)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestError(str(error).replace("`$", f"`{where}"), param=where) from None
+        raise misread(error, where) from None
+    return tool
 
 
 def _plain(raw: Raw, where: str) -> Json:
