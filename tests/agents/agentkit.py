@@ -105,7 +105,7 @@ def program(*parts: str) -> str:
     if not (INSTALLED / "ready").exists():
         pytest.fail(f"{INSTALLED} is not ready: `make live` installs the agents")
     if parts[0] == "node" and not path.exists():
-        pytest.skip("no npm on this machine")
+        pytest.skip("npm could not install it on this machine")
     return str(path)
 
 

@@ -18,9 +18,15 @@ if command -v npm >/dev/null; then
     mkdir -p node
     cp "$here/package.json" node/package.json
     # The two packages whose script puts the binary of this platform in place; no other script runs.
-    npm install --prefix node --ignore-scripts --no-audit --no-fund --no-package-lock --loglevel error
-    (cd node/node_modules/@anthropic-ai/claude-code && node install.cjs)
-    (cd node/node_modules/opencode-ai && node postinstall.mjs)
+    if ! npm install --prefix node --ignore-scripts --no-audit --no-fund --no-package-lock --loglevel error \
+        --fetch-timeout 60000 --fetch-retries 1; then
+        echo "npm cannot install the coding CLIs of tests/agents here: they will be skipped" >&2
+        rm -rf node
+        pins="without npm"  # to be tried again
+    else
+        (cd node/node_modules/@anthropic-ai/claude-code && node install.cjs)
+        (cd node/node_modules/opencode-ai && node postinstall.mjs)
+    fi
 else
     echo "no npm here: the coding CLIs of tests/agents will be skipped" >&2
 fi
