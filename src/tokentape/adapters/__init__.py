@@ -1,1 +1,1 @@
-"""One module per agent framework or trainer; each uses tokentape's public API only."""
+"""Adapters for agent frameworks and trainers; `letta.py` is Letta's, the modules beside it are its parts."""

@@ -248,7 +248,5 @@ def _recorded(turn: Turn, session: Session) -> Sequence[Known]:
             "resp.turn", Raw(one.turn_id.encode()), lambda one=one: [*one.messages, one.reply]
         )
     ]
-    known[-1] = dataclasses.replace(
-        known[-1], turn_id=turn.turn_id
-    )  # not another that says the same
+    known[-1] = dataclasses.replace(known[-1], turn_id=turn.turn_id)  # not another that says the same
     return known[1:] if turn.origin.noted.get("instructions") else known
