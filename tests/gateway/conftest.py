@@ -1,33 +1,7 @@
-"""A gateway with its real HTTP server in front of a scripted engine, for every test of this directory."""
+"""A gateway in front of a scripted engine, for every test of this directory."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
-import pytest
-
-from gatewaykit import TOKENIZER, Gateway, gateway_for
-from tokentape.testing import FakeSGLang, write_model_dir
-
-CONTEXT = 8192
-
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model_dir(tmp_path_factory.mktemp("model"), tokenizer=TOKENIZER, context_length=CONTEXT)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "store.sqlite"
-
-
-@pytest.fixture
-async def fake() -> AsyncIterator[FakeSGLang]:
-    async with FakeSGLang(TOKENIZER, context_length=CONTEXT) as fake:
-        yield fake
-
-
-@pytest.fixture
-async def gateway(fake: FakeSGLang, model_dir: Path, store: Path) -> AsyncIterator[Gateway]:
-    async with gateway_for(fake.url, model_dir, store) as gateway:
-        yield gateway
+from gatewayfixtures import fake as fake
+from gatewayfixtures import gateway as gateway
+from gatewayfixtures import model_dir as model_dir
+from gatewayfixtures import store as store
+from gatewayfixtures import strict as strict

@@ -4,23 +4,16 @@ import contextlib
 import json
 import sqlite3
 from array import array
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gatewaykit import END, USER, WEATHER, Gateway, Json, call, cut, gateway_for, sampled, split
+from gatewaykit import END, USER, WEATHER, Gateway, Json, call, cut, sampled, split
 from tokentape.gateway.chat.request import HONOURED, REFUSED
 from tokentape.testing import FakeSGLang, Reply, pseudo_logprob
 
 both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-
-
-@pytest.fixture
-async def strict(fake: FakeSGLang, model_dir: Path, store: Path) -> AsyncIterator[Gateway]:
-    async with gateway_for(fake.url, model_dir, store, http={"strict": True}) as gateway:
-        yield gateway
 
 
 # -- honoured: field, value, what the engine must be sent

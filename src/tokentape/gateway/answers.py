@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from typing import Any
 
 from tokentape.errors import InternalError, TokentapeError
@@ -136,6 +136,14 @@ class Answer:
             self._events, self._task = [], None
 
 
+async def stop_all(answers: Sequence[Answer]) -> None:
+    """Stop the work of them all, and wait until it has ended."""
+    for answer in answers:
+        answer.stop()
+    for answer in answers:
+        await answer.ended()
+
+
 def _nothing(well: bool) -> None:
     """Nobody waits for work that never was."""
 
@@ -201,8 +209,4 @@ class Answers:
 
     async def stop(self) -> None:
         """Stop all work, and wait until it has ended."""
-        running = [one for answers in self._by_digest.values() for one in answers if one.running]
-        for answer in running:
-            answer.stop()
-        for answer in running:
-            await answer.ended()
+        await stop_all([one for answers in self._by_digest.values() for one in answers if one.running])

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from typing import Any
 
 from tokentape.errors import TokentapeError
-from tokentape.gateway.answers import Answer
+from tokentape.gateway.answers import Answer, stop_all
 from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.turn import Turns, new_turn_id
@@ -66,11 +66,7 @@ class AgentApi:
 
     async def aclose(self) -> None:
         """Abort what is being sampled, and wait until that is recorded."""
-        running = tuple(self._running)
-        for answer in running:
-            answer.stop()
-        for answer in running:
-            await answer.ended()
+        await stop_all(tuple(self._running))
 
     def _start(self, session: Session, decoded: Decoded) -> Answer:
         request = decoded.request
