@@ -16,7 +16,7 @@ from tokentape import __version__
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError, TokentapeError
 from tokentape.export import stored_samples, write_parquet
-from tokentape.formats import FORMATS
+from tokentape.formats import FORMATS, read_formats
 from tokentape.gateway.parts import GatewayConfig
 from tokentape.gateway.service import ServiceConfig, running
 from tokentape.model import TINY_MODEL
@@ -119,6 +119,13 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
     help=f"How the model writes reasoning: auto reads the template; else one of {_REASONING_FORMATS}, plain.",
 )
 @click.option(
+    "--formats",
+    "formats",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="TOML file of formats of your own, tried before the others; see docs/parsing.md.",
+)
+@click.option(
     "--history",
     type=click.Choice(["template", "preserve"]),
     default="template",
@@ -200,6 +207,7 @@ def serve(
     store: Path,
     tool_format: str,
     reasoning_format: str,
+    formats: Path | None,
     history: Any,
     volatile: Sequence[str],
     auto_sessions: bool,
@@ -246,6 +254,7 @@ def serve(
         port=port,
         tool_format=tool_format,
         reasoning_format=reasoning_format,
+        formats=() if formats is None else read_formats(formats),
         history=history,
         volatile=tuple(rule for rule in volatile if rule != "none"),
         auto_sessions=auto_sessions,

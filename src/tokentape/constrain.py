@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 
 from tokentape.errors import RequestError
 from tokentape.formats import Format
-from tokentape.parse import JsonCalls, ThinkTags
+from tokentape.parse import Harmony, ThinkTags
 from tokentape.types import CallOutput, Demand, Json, Sampling
 
 Rule: TypeAlias = dict[str, Any]
@@ -61,11 +61,16 @@ def constrain(demand: Demand, format: Format, tools: Sequence[Json], *, reasonin
         RequestError: the schema is too deep, or asks for what would not be kept (`response_format`); the
             format has no grammar for calls, or a tool is not on offer or takes no object (`tool_choice`).
     """
+    if format.syntax.channels is not None:
+        # Their marks are tokens that the engine's grammars do not see as text.
+        param = "tool_choice" if isinstance(demand, CallOutput) else "response_format"
+        what = f"a model that writes in channels (format {format.name})"
+        raise RequestError(f"neither a tool call nor JSON can be demanded of {what}", param=param)
     thought = _thought(format.reasoning, reasoning_open)
     if isinstance(demand, CallOutput):
         return _tagged([*thought, _calls(demand.names, format, tools)])
     _check_depth(demand.schema, "response_format")
-    calls = demand.or_calls if format.calls is not None else ()
+    calls = demand.or_calls if format.calls else ()
     if not thought and not calls:
         return Sampling(json_schema=json.dumps(demand.schema))
     _check_kept(demand.schema)
@@ -84,9 +89,9 @@ def _json(schema: Json) -> Rule:
     return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": MAX_SPACES}
 
 
-def _thought(tags: ThinkTags | None, is_open: bool) -> list[Rule]:
+def _thought(tags: ThinkTags | Harmony | None, is_open: bool) -> list[Rule]:
     """What may stand before the reply itself. A thought has any text but its closing tag."""
-    if tags is None:
+    if not isinstance(tags, ThinkTags):
         return []
     begin = "" if is_open else tags.open
     thought: Rule = {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": tags.close}
@@ -96,23 +101,28 @@ def _thought(tags: ThinkTags | None, is_open: bool) -> list[Rule]:
 
 
 def _calls(names: Sequence[str], format: Format, tools: Sequence[Json]) -> Rule:  # noqa: A002
-    if format.calls is None:
-        what = f"no grammar for tool calls is known of this model (format {format.name})"
-        raise RequestError(f"a tool call cannot be demanded: {what}", param="tool_choice")
     if not names:
         raise RequestError("a tool call cannot be demanded: no tool is on offer", param="tool_choice")
     offered = {function.get("name"): function for function in (tool.get("function", tool) for tool in tools)}
-    tags: list[Rule] = []
     for name in names:
         if name not in offered:
             raise RequestError(f"tool_choice names {name!r}, which is not on offer", param="tool_choice")
-        tags.append(_call(format.calls, name, _parameters(name, offered[name].get("parameters"))))
-    return {"type": "tags_with_separator", "tags": tags, "separator": "\n", "at_least_one": True}
 
+    def schema_of(name: str) -> Json:
+        return _json(_parameters(name, offered[name].get("parameters")))
 
-def _call(calls: JsonCalls, name: str, parameters: Json) -> Rule:
-    begin = f'{calls.open}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
-    return {"type": "tag", "begin": begin, "content": _json(parameters), "end": f"}}\n{calls.close}"}
+    rules = (grammar.rule(names, schema_of) for grammar in format.calls)
+    rule = next((rule for rule in rules if rule is not None), None)
+    if rule is None:
+        why = (
+            "has no grammar for tool calls"
+            if not format.calls
+            else "writes calls in no way that can be enforced"
+        )
+        raise RequestError(
+            f"a tool call cannot be demanded: this model (format {format.name}) {why}", param="tool_choice"
+        )
+    return rule
 
 
 def _parameters(name: str, schema: object) -> Json:

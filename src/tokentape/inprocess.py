@@ -22,6 +22,7 @@ from tokentape.engines.base import Engine
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError, RequestError, SessionClosed, SessionExists
 from tokentape.export import samples, stored_samples, write_parquet
+from tokentape.formats import Format
 from tokentape.gateway import chat, control
 from tokentape.gateway.fields import session_sampling
 from tokentape.gateway.parts import Gateway, GatewayConfig, PartsConfig, parts
@@ -281,6 +282,7 @@ async def open(  # noqa: A001  # tokentape.open
     history: History = "template",
     tool_format: str = "auto",
     reasoning_format: str = "auto",
+    formats: Sequence[Format] = (),
     volatile: Sequence[str] = ("billing-header",),
     context_length: int | None = None,
     default_max_tokens: int = 4096,
@@ -291,7 +293,8 @@ async def open(  # noqa: A001  # tokentape.open
 
     `model` is a directory or hub id, for tokenizer and chat template; `engine` a SGLang server's URL, or an
     engine of your own, which is not closed here. `store` is a file that keeps the sessions; without one they
-    are gone at the end. The other options are those of `tokentape serve`.
+    are gone at the end. `formats` are rows of your own, tried before the others. The other options are those
+    of `tokentape serve`.
 
     Raises:
         ConfigError: the model, the store or an option cannot be used.
@@ -302,6 +305,7 @@ async def open(  # noqa: A001  # tokentape.open
         store=None if store is None else Path(store),
         tool_format=tool_format,
         reasoning_format=reasoning_format,
+        formats=tuple(formats),
         history=history,
         default_max_tokens=default_max_tokens,
         volatile=tuple(volatile),

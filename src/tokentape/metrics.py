@@ -20,6 +20,9 @@ class Metrics:
         self.failures = counter("failures", "Turns that were not committed, by kind of error", "kind")
         self.refusals = counter("refusals", "Requests refused before a turn, by kind of error", "kind")
         self.parse_statuses = counter("parse_statuses", "Committed turns by parse status", "status")
+        self.foreign_calls = counter(
+            "foreign_calls", "Turns with another format's call in the text", "format"
+        )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of committed turns")
         self.cached_tokens = counter("cached_tokens", "Prompt tokens that the engine had cached")
         self.sampled_tokens = counter("sampled_tokens", "Sampled tokens of committed turns")

@@ -28,7 +28,8 @@ class ChatTemplate:
     `arguments_as_text`: tool-call arguments must be JSON text (DeepSeek R1 and V3.1 raise on objects);
     otherwise they are objects (most raise on text, or encode it twice). `empty_content`: what an assistant
     message that is nothing but calls must have as content (some templates drop the calls unless it is None,
-    some print "None"). `variables` are the names that it reads.
+    some print "None"). `short_call_ids`: a call's id must be nine letters and digits (Mistral). `variables`
+    are the names that it reads.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ChatTemplate:
         self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
         self.arguments_as_text = False
         self.empty_content: str | None = None
+        self.short_call_ids = False
         self._probe_conventions()
 
     @classmethod
@@ -153,12 +155,13 @@ class ChatTemplate:
                 self.arguments_as_text, self.empty_content = as_text, empty
                 text = self._probe_call()
                 if "probe0" in text and not any(wrong in text for wrong in _MISRENDERED):
+                    self.short_call_ids = not self._probe_call(f"call_{'0' * 24}")
                     return
         self.arguments_as_text, self.empty_content = False, ""  # it drops tool calls, or raises on them
 
-    def _probe_call(self) -> str:
+    def _probe_call(self, call_id: str = "probe0001") -> str:
         """A rendered tool call and its result; "" where the template raises."""
-        call = ToolCall(id="probe0001", name="tool0", arguments='{"key0": "probe0"}')
+        call = ToolCall(id=call_id, name="tool0", arguments='{"key0": "probe0"}')
         messages = [
             self.to_json(Message(role="user", content="u")),
             self.to_json(Message(role="assistant", tool_calls=(call,))),

@@ -17,20 +17,19 @@ LAYERS: dict[str, set[str]] = {
     "metrics": set(),
     "invariants": set(),
     "model": {"errors"},
-    "grammars": set(),
-    "parse": {*CORE, "grammars"},
+    "parse": {*CORE, "parse"},
     "tokenizer": CORE,
     "template": CORE,
     "outline": CORE,
     "untrusted": {*CORE, "tokenizer"},
     "render": TEXT,
-    "formats": {*CORE, "parse", "render"},
+    "formats": {*CORE, "parse", "template"},
     "volatile": CORE,
     "tape": {*CORE, "volatile"},
     "labels": {*CORE, "tape"},
     "tree": {*CORE, "labels", "outline", "tape", "volatile"},
     "schema": {*CORE, "tape", "tree", "volatile"},
-    "constrain": {*CORE, "formats", "grammars", "parse"},
+    "constrain": {*CORE, "formats", "parse"},
     "store": {*CORE, "tape", "schema"},
     "export": {*CORE, "tape", "tree", "schema", "store"},
     "engines": {*CORE, "engines"},
@@ -42,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {*CORE, "demo", "engines", "export", "formats", "gateway", "model", "store", "volatile", ""},
     "clients": {*CORE, "gateway"},
-    "inprocess": {*CORE, "clients", "engines", "export", "gateway", "render", "store", "tape"},
+    "inprocess": {*CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "tape"},
     "adapters": {*CORE, "", "adapters", "engines.sglang", "model"},
     "__main__": {"cli"},
     "": {"inprocess"},
@@ -61,7 +60,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "rich": ("cli", "demo"),
     "click": ("cli",),
 }
-PURE = ("types", "errors", "outline", "tape", "labels", "volatile", "tree", "parse", "grammars", "invariants")
+PURE = ("types", "errors", "outline", "tape", "labels", "volatile", "tree", "parse", "invariants")
 IMPURE = {"asyncio", "aiohttp", "socket", "http", "sqlite3", "transformers", "torch"}
 
 

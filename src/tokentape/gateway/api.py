@@ -10,7 +10,7 @@ from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.turn import Turns, new_turn_id
 from tokentape.gateway.wire import AgentRequest, Decoded, Wire, WireConfig, Writer
-from tokentape.parse import CallDelta, ParseEvent, ReasoningDelta, TextDelta
+from tokentape.parse import CallDelta, ReasoningDelta, SaidEvent, TextDelta
 from tokentape.types import Message
 
 
@@ -161,7 +161,7 @@ def _events(dones: Sequence[Done]) -> list[Event]:
     ]
 
 
-def _parse_events(reply: Message) -> list[ParseEvent]:
+def _parse_events(reply: Message) -> list[SaidEvent]:
     events: list[Any] = []
     if reply.reasoning:
         events.append(ReasoningDelta(reply.reasoning))

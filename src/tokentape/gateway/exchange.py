@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tokentape.parse import ParseEvent
+from tokentape.parse import SaidEvent
 from tokentape.render import Frame
 from tokentape.tape import Origin, Turn
 from tokentape.tree import Known
@@ -53,7 +53,7 @@ class Progress:
     choice: int
     ids: Sequence[int]
     logprobs: Sequence[float]
-    events: Sequence[ParseEvent]
+    events: Sequence[SaidEvent]
     top: Sequence[Sequence[tuple[int, float]]] | None = None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokentape.engines.base import Engine, EngineInfo
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import TokentapeError
-from tokentape.formats import detect
+from tokentape.formats import FORMATS, Detected, Format, detect
 from tokentape.gateway.api import AgentApi
 from tokentape.gateway.plan import Planner
 from tokentape.gateway.sessions import Sessions
@@ -46,8 +46,8 @@ class PartsConfig:
 
     `model` is a directory or hub id: tokenizer, chat template and sizes; `engine` has its weights, or reaches
     the server that has them; one that is given made is not closed here. `store` is None to keep the sessions
-    in memory only. `tool_format` and `reasoning_format` are "auto" or a row of `formats.FORMATS`. `volatile`
-    are names of `volatile.RULES`, or regular expressions.
+    in memory only. `tool_format` and `reasoning_format` are "auto" or the name of a row: of `formats`, which
+    come first, or of `formats.FORMATS`. `volatile` are names of `volatile.RULES`, or regular expressions.
     """
 
     model: str
@@ -55,6 +55,7 @@ class PartsConfig:
     store: Path | None
     tool_format: str = "auto"
     reasoning_format: str = "auto"
+    formats: tuple[Format, ...] = ()
     history: History = "template"
     auto_sessions: bool = False
     default_max_tokens: int = 4096
@@ -90,8 +91,9 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
     renderer = await asyncio.to_thread(
         Renderer.from_dir, directory, history=config.history, num_ids=sizes.vocab_size
     )
-    row, why = detect(renderer.template.source, config.tool_format, config.reasoning_format)
-    log.log(logging.WARNING if "not supported" in why else logging.INFO, "format: %s (%s)", row.name, why)
+    formats = (*config.formats, *FORMATS)
+    detected = detect(renderer.template, config.tool_format, config.reasoning_format, formats=formats)
+    _log_format(detected)
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
         store = _store(config.store, renderer.tokenizer.fingerprint)
@@ -107,7 +109,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
         turns = Turns(
             engine,
             renderer,
-            row,
+            detected.format,
             volatile,
             store,
             sessions,
@@ -115,6 +117,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
             context_length=config.http.context_length or sizes.context_length,
             eos_ids=sizes.eos_ids | renderer.eos_ids,
             default_max_tokens=config.default_max_tokens,
+            formats=formats,
         )
         wires = WireConfig(
             config.http.model, renderer.tokenizer, renderer.template.variables, config.http.strict
@@ -124,6 +127,20 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
         if config.http.context_length is None:
             await stack.enter_async_context(_learning(engine, turns.planner, wait=ask_engine))
         yield Gateway(config.http, engine, store, sessions, turns, api, metrics)
+
+
+def _log_format(detected: Detected) -> None:
+    log.log(
+        logging.INFO if detected.told else logging.WARNING,
+        "format: %s (%s)",
+        detected.format.name,
+        detected.why,
+    )
+    if detected.contradicted:
+        log.warning(
+            "format: the chat template writes tool calls as %s reads them, not %s: is --tool-format right?",
+            detected.contradicted, detected.format.name,
+        )  # fmt: skip
 
 
 def info_json(info: EngineInfo) -> Json:

@@ -12,6 +12,7 @@ from tokentape.errors import ContextOverflow, LimitReached, RequestError
 from tokentape.formats import Format
 from tokentape.gateway.exchange import TurnRequest
 from tokentape.gateway.sessions import Session
+from tokentape.parse import ThinkTags
 from tokentape.render import Ended, NotExtendable, Rendered, Renderer
 from tokentape.tape import Turn, prompt_after
 from tokentape.tree import Attachment, Known, MessageKey, keys_of
@@ -82,9 +83,10 @@ class Planner:
                 request.demand, self._format, request.frame.tools, reasoning_open=plan.reasoning_open
             )
             sampling = _merged(sampling, wanted)
-        if request.single_call and request.parse_calls and self._format.calls is not None:
+        if request.single_call and request.parse_calls:
             # The engine stops behind the first call: what would follow is never sampled, nothing is masked.
-            sampling = replace(sampling, stop=(*stop, self._format.calls.close))
+            ends = [end for grammar in self._format.calls if (end := grammar.one_call_stop)]
+            sampling = replace(sampling, stop=(*stop, *ends))
         num_prompt = len(plan.prompt)
         sampling = replace(sampling, max_tokens=self._max_tokens(sampling, request, num_prompt, budget))
         return dataclasses.replace(plan, sampling=sampling, stop=stop)
@@ -134,7 +136,7 @@ class Planner:
             prompt=prompt_after(attachment.path if parent is not None else (), rendered.run),
             sampling=Sampling(),
             stop=(),
-            reasoning_open=tags is not None and rendered.tail.rstrip().endswith(tags.open),
+            reasoning_open=isinstance(tags, ThinkTags) and rendered.tail.rstrip().endswith(tags.open),
             superseded=self._superseded(request.messages[: attachment.num_matched], attachment),
         )
 

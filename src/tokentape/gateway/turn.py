@@ -5,29 +5,30 @@ import contextlib
 import dataclasses
 import logging
 import secrets
+import string
 import time
 from array import array
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import msgspec
 from msgspec.structs import replace
 
 from tokentape.engines.base import Engine, GenerateRequest, GenerateResult, TokenChunk
 from tokentape.errors import InternalError, LimitReached, RequestError, StoreError, TokentapeError
-from tokentape.formats import Format
+from tokentape.formats import FORMATS, Format, foreign
 from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, TurnRequest
 from tokentape.gateway.plan import Plan, Planner
 from tokentape.gateway.sessions import Session, Sessions, to_the_end
 from tokentape.metrics import Metrics
-from tokentape.parse import CallDelta, ParseEvent, Parser, ParseResult
-from tokentape.render import Frame, Renderer
+from tokentape.parse import ArgumentsDelta, CallDelta, ParseEvent, Parser, ParseResult, SaidEvent
+from tokentape.render import Renderer
 from tokentape.store import Store
 from tokentape.tape import Turn, prompt_after
 from tokentape.tokenizer import TextStream
 from tokentape.tree import BranchReason
-from tokentape.types import Message, Prompt, Sampling, TokenRun, Usage
+from tokentape.types import Json, Message, Prompt, Sampling, TokenRun, Usage
 from tokentape.volatile import Volatile
 
 log = logging.getLogger(__name__)
@@ -44,30 +45,34 @@ class _Sampled:
 
 @dataclass(slots=True)
 class _Reader:
-    """Turns sampled ids into parse events. A token that may be the stop token waits until it is known."""
+    """Turns sampled ids into parse events. A token that may be the stop token waits until it is known.
+
+    Arguments of calls that are still being written are left out: a call may turn out malformed, and nothing
+    that a client was sent can be taken back. The complete call has them all.
+    """
 
     text: TextStream
     parser: Parser
     maybe_stop: frozenset[int]
     held: list[int] = field(default_factory=list[int])
 
-    def feed(self, ids: Sequence[int]) -> list[ParseEvent]:
+    def feed(self, ids: Sequence[int]) -> list[SaidEvent]:
         ready = [*self.held, *ids]
         self.held = [ready.pop()] if ready and ready[-1] in self.maybe_stop else []
-        return self.parser.feed(self.text.feed(ready))
+        return _said(self.parser.feed(self.text.feed(ready)))
 
-    def finish(self, stop_id: int | None) -> tuple[list[ParseEvent], ParseResult]:
+    def finish(self, stop_id: int | None) -> tuple[list[SaidEvent], ParseResult]:
         left = self.held[:-1] if stop_id is not None else self.held
         events = self.parser.feed(self.text.feed(left) + self.text.finish())
         last, result = self.parser.finish()
-        return events + last, result
+        return _said(events + last), result
 
 
 class Turns:
     """Runs turns of any session against one engine.
 
     `context_length` in tokens bounds prompt plus completion; None: only the engine knows it. `eos_ids` end a
-    turn even where the engine does not say so.
+    turn even where the engine does not say so. `formats` are all rows, to tell another family's calls by.
     """
 
     def __init__(
@@ -83,10 +88,13 @@ class Turns:
         context_length: int | None,
         eos_ids: frozenset[int] = frozenset(),
         default_max_tokens: int = 4096,
+        formats: Sequence[Format] = FORMATS,
     ) -> None:
         self._engine = engine
         self._tokenizer = renderer.tokenizer
         self._format = format
+        self._formats = formats
+        self._new_call_id = _new_short_call_id if renderer.template.short_call_ids else _new_call_id
         self._store = store
         self._sessions = sessions
         self._metrics = metrics
@@ -234,11 +242,11 @@ class Turns:
     def _parser(self, request: TurnRequest, plan: Plan) -> Parser:
         return Parser(
             self._format.syntax,
-            tools=_tool_names(request.frame),
+            tools=_parameters(request.frame.tools),
             parse_tools=request.parse_calls and bool(request.frame.tools),
             reasoning_open=plan.reasoning_open,
             stop=plan.stop,
-            new_call_id=_new_call_id,
+            new_call_id=self._new_call_id,
         )
 
     # -- after the engine
@@ -271,6 +279,7 @@ class Turns:
             raise
         for turn in turns:
             self._count(turn, len(plan.prompt))
+            self._check_format(session, turn)
         return turns
 
     def _turn(
@@ -318,6 +327,19 @@ class Turns:
             created_at=time.time(),
         )
 
+    def _check_format(self, session: Session, turn: Turn) -> None:
+        """Say so if another family's calls stand in the text: a wrong format finds no calls at all."""
+        if not turn.tools or not turn.reply.content:
+            return
+        other = foreign(turn.reply.content, _parameters(turn.tools), self._format, self._formats)
+        if other is not None:
+            self._metrics.foreign_calls.labels(other).inc()
+            log.warning(
+                "session %s: turn %s has a tool call of format %s in its text; this gateway reads %s "
+                "(--tool-format): it was not delivered",
+                session.session_id, turn.turn_id, other, self._format.name,
+            )  # fmt: skip
+
     def _count(self, turn: Turn, num_prompt_tokens: int) -> None:
         metrics = self._metrics
         metrics.turns.labels(turn.finish_reason).inc()
@@ -350,6 +372,10 @@ async def _deadline(session: Session) -> AsyncGenerator[None]:
         raise LimitReached(f"session {session.session_id!r} has reached its deadline") from None
 
 
+def _said(events: Sequence[ParseEvent]) -> list[SaidEvent]:
+    return [event for event in events if not isinstance(event, ArgumentsDelta)]
+
+
 def _without_calls(progress: Progress, calls: list[Progress]) -> Progress:
     """Progress without its tool calls; these are put aside."""
     found = [event for event in progress.events if isinstance(event, CallDelta)]
@@ -371,9 +397,15 @@ def _usage(turn: Turn, prompt: Prompt) -> Usage:
     return Usage(len(prompt), len(turn.completion), turn.num_cached_tokens)
 
 
-def _tool_names(frame: Frame) -> frozenset[str]:
-    names: list[Any] = [tool.get("function", tool).get("name") for tool in frame.tools]
-    return frozenset(name for name in names if isinstance(name, str))
+def _parameters(tools: Sequence[Json]) -> dict[str, Json]:
+    """The schema of each tool's parameters, by the tool's name."""
+    functions: list[Json] = [tool.get("function", tool) for tool in tools]
+    schemas = {function.get("name"): function.get("parameters") for function in functions}
+    return {
+        name: cast("Json", schema) if isinstance(schema, dict) else {}
+        for name, schema in schemas.items()
+        if isinstance(name, str)
+    }
 
 
 def new_turn_id() -> str:
@@ -383,3 +415,8 @@ def new_turn_id() -> str:
 
 def _new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
+
+
+def _new_short_call_id() -> str:
+    """Nine letters and digits: Mistral's templates refuse any other id."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))

@@ -11,7 +11,7 @@ from tokentape.errors import TokentapeError
 from tokentape.export import chat_call
 from tokentape.gateway.exchange import Done, Progress, Started
 from tokentape.gateway.wire import event, extension, openai_error
-from tokentape.parse import CallDelta, ParseEvent, ReasoningDelta, TextDelta
+from tokentape.parse import CallDelta, ReasoningDelta, SaidEvent, TextDelta
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json
 
@@ -168,7 +168,7 @@ def _usage(dones: Sequence[Done]) -> Json:
     return out
 
 
-def _delta(item: ParseEvent) -> Json:
+def _delta(item: SaidEvent) -> Json:
     match item:
         case TextDelta(text):
             return {"content": text}

@@ -11,7 +11,7 @@ from tokentape.errors import ContextOverflow, RequestError, TokentapeError
 from tokentape.gateway.exchange import Done, Progress, Started
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.wire import event, extension
-from tokentape.parse import CallDelta, ParseEvent, ReasoningDelta, TextDelta
+from tokentape.parse import CallDelta, ReasoningDelta, SaidEvent, TextDelta
 from tokentape.tape import Turn
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json, ToolCall
@@ -96,7 +96,7 @@ class MessagesWriter:
 
     # -- a stream's blocks: one is open at a time, until something of another kind comes
 
-    def _deltas(self, item: ParseEvent) -> bytes:
+    def _deltas(self, item: SaidEvent) -> bytes:
         match item:
             case ReasoningDelta(text):
                 opened = self._opened("thinking", {"type": "thinking", "thinking": "", "signature": ""})

@@ -1,0 +1,110 @@
+"""One JSON value in growing text: where it ends, found at the speed of regular expressions.
+
+Only what tells the end is checked on the way: strings, brackets, and that no character stands outside of
+strings that JSON does not have there. Whoever uses the value decodes it, and learns whether it is JSON.
+"""
+
+import re
+
+import msgspec
+
+from tokentape.parse.events import CallStatus
+from tokentape.parse.source import Malformed, Sink, Source, Steps, skip
+
+MAX_DEPTH = 256
+"""Brackets that a call's JSON may nest: fixed, lest the verdict depend on the interpreter's stack."""
+
+# Outside its strings, JSON has no characters but these and the brackets. Whole strings are skipped in one go.
+_PLAIN = re.compile(
+    r"""[ \t\r\n,:0-9+\-.eEtrufalsn]*+
+    (?:"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"[ \t\r\n,:0-9+\-.eEtrufalsn]*+)*+""",
+    re.DOTALL | re.VERBOSE,
+)
+_STRING = re.compile(r'[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+', re.DOTALL)
+_SCALAR = re.compile(r"[0-9+\-.eEtrufalsn]*+")
+
+decode_string = msgspec.json.Decoder(str).decode
+
+
+def broken(why: str) -> Malformed:
+    """That the text is not JSON, and why."""
+    return Malformed(CallStatus.INVALID_JSON, f"the call is not JSON: {why}")
+
+
+def scan_value(src: Source, sink: Sink) -> Steps[None]:
+    """Read one JSON value that begins here.
+
+    Raises:
+        Malformed: it cannot be JSON, nests too deep, or the text ends inside it.
+    """
+    char = yield from src.peek()
+    if char in "{[":
+        yield from _scan_brackets(src, sink)
+    elif char == '"':
+        yield from _scan_string(src, sink)
+    else:
+        yield from _scan_scalar(src, sink)
+
+
+def read_string(text: str) -> str:
+    """What a JSON string stands for.
+
+    Raises:
+        Malformed: it is none.
+    """
+    try:
+        return decode_string(text.encode("utf-8", "surrogatepass"))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise broken(str(error)) from None
+
+
+def _scan_string(src: Source, sink: Sink) -> Steps[None]:
+    sink(src.take_mark('"'))
+    while True:
+        text, at = src.text, skip(_STRING, src.text, src.at)
+        if text.startswith('"', at):
+            sink(src.take(at + 1))
+            return
+        sink(src.take(at))
+        if at < len(text) and text[at] != "\\":  # a backslash stops it only where the text ends behind it
+            raise broken(f"{text[at]!r} inside a string")
+        yield from src.more()
+
+
+def _scan_scalar(src: Source, sink: Sink) -> Steps[None]:
+    while True:
+        at = skip(_SCALAR, src.text, src.at)
+        if at < len(src.text) and src.text[at] not in ",]} \t\r\n":
+            raise broken(f"unexpected {src.text[at]!r}")
+        sink(src.take(at))
+        if at < len(src.text):
+            return
+        yield from src.more()
+
+
+def _scan_brackets(src: Source, sink: Sink) -> Steps[None]:
+    depth, in_string = 0, False
+    while True:
+        text, at = src.text, src.at
+        while (at := skip(_STRING if in_string else _PLAIN, text, at)) < len(text):
+            char = text[at]
+            if in_string and char == "\\":  # the text ends behind it: the pattern takes a whole escape
+                break
+            at += 1
+            if char == '"':
+                in_string = not in_string
+            elif in_string:
+                raise broken(f"{char!r} inside a string")
+            elif char in "{[" and depth < MAX_DEPTH:
+                depth += 1
+            elif char in "]}":
+                depth -= 1
+                if not depth:
+                    sink(src.take(at))
+                    return
+            elif char in "{[":
+                raise broken(f"nested deeper than {MAX_DEPTH}")
+            else:
+                raise broken(f"unexpected {char!r}")
+        sink(src.take(at))
+        yield from src.more()
