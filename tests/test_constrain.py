@@ -1,5 +1,6 @@
 """What constraints say. That a real engine takes them so is `tests/live/test_constraints.py`'s."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -76,7 +77,9 @@ def test_json_or_calls() -> None:
     assert elements(demand, "hermes") == [either]
     assert elements(demand, "qwen", reasoning_open=True) == [OPENED, BREAK, either]
     assert constrain(demand, ROW["plain"], TOOLS, reasoning_open=False).json_schema is not None
-    assert elements(demand, "deepseek-r1") == [OPTIONAL, a_json(SCHEMA)]
+    plain_thoughts = dataclasses.replace(ROW["qwen"], calls=())
+    wanted = constrain(demand, plain_thoughts, TOOLS, reasoning_open=False)
+    assert json.loads(wanted.structural_tag or "")["format"]["elements"] == [OPTIONAL, a_json(SCHEMA)]
 
 
 def test_calls() -> None:
@@ -118,7 +121,9 @@ def nested(depth: int) -> dict[str, Any]:
     ("demand", "row", "tools", "param", "words"),
     [
         (CallOutput(("calc",)), "plain", TOOLS, "tool_choice", "no grammar for tool calls"),
-        (CallOutput(("calc",)), "deepseek-r1", TOOLS, "tool_choice", "no grammar for tool calls"),
+        (CallOutput(("calc",)), "gemma", TOOLS, "tool_choice", "in no way that can be enforced"),
+        (CallOutput(("calc",)), "gpt-oss", TOOLS, "tool_choice", "writes in channels"),
+        (JsonOutput(SCHEMA), "gpt-oss", TOOLS, "response_format", "writes in channels"),
         (CallOutput(("other",)), "qwen", TOOLS, "tool_choice", "'other', which is not on offer"),
         (CallOutput(()), "qwen", TOOLS, "tool_choice", "no tool is on offer"),
         (CallOutput(("t",)), "qwen", [{"name": "t", "parameters": {"type": "string"}}], "tool_choice", "'t'"),

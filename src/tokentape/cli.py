@@ -16,7 +16,8 @@ from tokentape import __version__
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError, TokentapeError
 from tokentape.export import stored_samples, write_parquet
-from tokentape.formats import FORMATS, read_formats
+from tokentape.formatfile import read_formats
+from tokentape.formats import FORMATS
 from tokentape.gateway.parts import GatewayConfig
 from tokentape.gateway.service import ServiceConfig, running
 from tokentape.model import TINY_MODEL

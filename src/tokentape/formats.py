@@ -1,20 +1,16 @@
 """One row per model family: how it writes tool calls and thoughts, and how its chat template shows it.
 
 The tool grammar and the reasoning tags are chosen independently, each by name or from the template. The
-template is asked: it renders a call, and the row whose grammar reads that call back is the family's. Only where
-a template shows no calls (SmolLM2) is its source searched for marks that tell a family.
+template is asked: it renders a call, and the row whose grammar reads that call back is the family's. Only
+where a template shows no calls (SmolLM2) is its source searched for marks that tell a family.
 """
 
 import itertools
 import json
 import os.path
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, TypeVar, cast
-
-import msgspec
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from tokentape.errors import ConfigError, TemplateRefused
 from tokentape.parse import (
@@ -108,6 +104,7 @@ _STEP3 = XmlCalls(
     typing=Typing(union_json=True, misfit_json=True),
 )  # fmt: skip
 _MIMO = replace(_QWEN_XML, newlines=False)
+_LFM2 = PythonicCalls("<|tool_call_start|>", "<|tool_call_end|>")
 _SEED = replace(_QWEN_XML, section=Section("<seed:tool_call>", "</seed:tool_call>"))
 
 FORMATS: tuple[Format, ...] = (
@@ -132,23 +129,12 @@ FORMATS: tuple[Format, ...] = (
     Format("qwen", (_HERMES,), THINK, ("<tool_call>", '"name"', '"arguments"')),
     Format("nemotron-nano-v2", (_NEMOTRON_LIST,), THINK, ("<TOOLCALL>",)),
     Format("granite", (_GRANITE_LIST,), None, ("<|tool_call|>",)),
-    Format(
-        "lfm2", (PythonicCalls("<|tool_call_start|>", "<|tool_call_end|>"),), THINK, ("<|tool_call_start|>",)
-    ),
-    Format("llama4", (PythonicCalls("<|python_start|>", "<|python_end|>"),), None, ("<|python_start|>",)),
     Format("gemma", (PythonicCalls(),), None, ("[func_name1(params_name1=params_value1",)),
+    Format("llama4", (PythonicCalls("<|python_start|>", "<|python_end|>"),), None, ("<|python_start|>",)),
+    Format("lfm2", (_LFM2,), THINK, ("<|tool_call_start|>",)),
     Format("plain"),
 )
 """The families. Where rows have the same grammar, the reasoning tags tell which of them it is."""
-
-GRAMMARS: dict[str, type[Any]] = {
-    "json": JsonCalls,
-    "named": NamedCalls,
-    "xml": XmlCalls,
-    "pythonic": PythonicCalls,
-    "harmony": Harmony,
-}
-"""The grammars by the names that a TOML file gives them."""
 
 _PLAIN = FORMATS[-1]
 # The newlines at the value's edges tell MiMo's grammar from Qwen's, which has newlines of its own there.
@@ -215,71 +201,16 @@ def foreign(
     return None
 
 
-def read_formats(path: Path) -> tuple[Format, ...]:
-    """The rows of a TOML file, one `[[format]]` each; see docs/parsing.md.
-
-    Raises:
-        ConfigError: it cannot be read, or a row is not right; it says what to change.
-    """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("format")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(tables, list) or not tables:
-        raise ConfigError(f"{path} has no [[format]] table")
-    return tuple(_row(table, f"{path}: format {n}") for n, table in enumerate(cast("list[Any]", tables), 1))
-
-
-def _row(table: Any, where: str) -> Format:
-    row = _made(_Row, table, where)
-    calls = tuple(_grammar(each, f"{where}, calls {n}") for n, each in enumerate(row.calls, 1))
-    reasoning = row.reasoning
-    if isinstance(reasoning, str):
-        if reasoning != "harmony":
-            raise ConfigError(f'{where}: reasoning is a pair of tags (open, close), or "harmony"')
-        return Format(row.name, calls, Harmony(), row.marks)
-    tags = None if reasoning is None else _made(ThinkTags, reasoning, f"{where}, reasoning")
-    return Format(row.name, calls, tags, row.marks)
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    name: str
-    calls: tuple[Json, ...] = ()
-    reasoning: Json | str | None = None
-    marks: tuple[str, ...] = ()
-
-
-def _grammar(table: Json, where: str) -> Grammar:
-    known = ", ".join(GRAMMARS)
-    kind = GRAMMARS.get(str(table.get("grammar")))
-    if kind is None:
-        raise ConfigError(f"{where}: grammar is one of {known}")
-    return _made(kind, {key: value for key, value in table.items() if key != "grammar"}, where)
-
-
-def _made(kind: type[T], table: Any, where: str) -> T:
-    """An object of a dataclass out of a table of its fields."""
-    names = [field.name for field in fields(cast("Any", kind))]
-    if isinstance(table, dict):
-        unknown = sorted(cast("Json", table).keys() - set(names))
-        if unknown:
-            raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(names)}")
-    try:
-        return msgspec.convert(table, kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
 def _choose_tools(template: ChatTemplate, name: str, formats: Sequence[Format]) -> tuple[Format, str, bool]:
     if name != "auto":
         row = _named("--tool-format", name, [row for row in formats if row.calls or row == _PLAIN])
         return row, f"{name} was asked for", True
     for arguments, call_id in itertools.product(_PROBES, _PROBE_IDS):
         text = _rendered_call(template, arguments, call_id)
-        for row in formats if text else ():
-            if row.calls and _reads(row, text, arguments):
-                return row, f"{row.name} reads the call that the template writes: {_short(text)}", True
+        read = [(left, row) for row in formats if (left := _left_by(row, text, arguments)) is not None]
+        if read:  # of several, the one that knows all its marks
+            _, row = min(read, key=lambda pair: pair[0])
+            return row, f"{row.name} reads the call that the template writes: {_short(text)}", True
     source = template.source.replace(
         '\\"', '"'
     )  # templates often show the grammar inside a string of their own
@@ -306,12 +237,14 @@ def _rendered_call(template: ChatTemplate, arguments: Json, call_id: str) -> str
     return whole[max(whole.rfind(mark, 0, end) + len(mark) for mark in (">", "]", "\n")) :]
 
 
-def _reads(row: Format, text: str, arguments: Json) -> bool:
+def _left_by(row: Format, text: str, arguments: Json) -> int | None:
+    """How many characters a row leaves as content, of a text whose one call it reads; None if it does not."""
     tools = {"tool0": PROBE_TOOL["function"]["parameters"]}
     parser = Parser(Syntax(row.calls), tools=tools, parse_tools=True, reasoning_open=False, new_call_id=str)
     parser.feed(text)
-    calls = parser.finish()[1].tool_calls
-    return [(call.name, json.loads(call.arguments)) for call in calls] == [("tool0", arguments)]
+    result = parser.finish()[1]
+    calls = [(call.name, json.loads(call.arguments)) for call in result.tool_calls]
+    return len(result.content or "") if calls == [("tool0", arguments)] else None
 
 
 def _short(text: str) -> str:

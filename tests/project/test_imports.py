@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "untrusted": {*CORE, "tokenizer"},
     "render": TEXT,
     "formats": {*CORE, "parse", "template"},
+    "formatfile": {*CORE, "formats", "parse"},
     "volatile": CORE,
     "tape": {*CORE, "volatile"},
     "labels": {*CORE, "tape"},
@@ -39,7 +40,9 @@ LAYERS: dict[str, set[str]] = {
         "schema", "store", "tape", "tree", "volatile", "",
     },
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
-    "cli": {*CORE, "demo", "engines", "export", "formats", "gateway", "model", "store", "volatile", ""},
+    "cli": {
+        *CORE, "demo", "engines", "export", "formatfile", "formats", "gateway", "model", "store", "volatile", "",
+    },
     "clients": {*CORE, "gateway"},
     "inprocess": {*CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "tape"},
     "adapters": {*CORE, "", "adapters", "engines.sglang", "model"},
