@@ -104,6 +104,36 @@ def test_arguments_are_an_object(given: Any, meant: Any) -> None:
     assert elements(CallOutput(("t",)), "hermes", tools) == [calls(a_call("t", meant))]
 
 
+def test_every_family_s_calls() -> None:
+    """The begin of a call to `calc`, and what stands around the calls; None where none can be demanded."""
+    found: dict[str, tuple[str, str] | None] = {}
+    for row in FORMATS:
+        try:
+            [rule] = elements(CallOutput(("calc",)), row.name)[-1:]
+        except RequestError:
+            found[row.name] = None
+            continue
+        edges = [part["value"] for part in rule.get("elements", []) if part["type"] == "const_string"]
+        [calls_rule] = [rule] if "tags" in rule else [part for part in rule["elements"] if "tags" in part]
+        assert calls_rule["at_least_one"] is True
+        [tag] = calls_rule["tags"]
+        found[row.name] = ("".join([*edges[:1], tag["begin"]]), "".join([tag["end"], *edges[1:]]))
+    assert {name for name, edges in found.items() if edges is None} == {
+        *("plain", "gemma", "llama4", "lfm2", "gpt-oss", "mistral", "granite", "nemotron-nano-v2"),
+        *("hunyuan", "step3"),
+    }
+    assert found["kimi-k2"] == (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.calc:",
+        "<|tool_call_end|><|tool_calls_section_end|>",
+    )
+    assert found["llama3"] == ('{"name": "calc", "parameters": ', "}")
+    assert found["glm"] == ("<tool_call>calc", "</tool_call>")
+    assert found["qwen3-coder"] == (
+        "<tool_call>\n<function=calc>\n",
+        "\n</function>\n</tool_call>",
+    )
+
+
 def test_names_are_json() -> None:
     tools = [{"type": "function", "function": {"name": 'a"\\é'}}]
     [rule] = elements(CallOutput(('a"\\é',)), "hermes", tools)

@@ -58,21 +58,21 @@ MISTRAL_THINK = ThinkTags("[THINK]", "[/THINK]")
 _HERMES = JsonCalls()
 _QWEN_XML = XmlCalls(
     "<function=", ">", "<parameter=", ">", "</parameter>", "</function>",
-    section=Section("<tool_call>", "</tool_call>"), newlines=True, typing=Typing(nulls=("null",)),
+    section=Section("<tool_call>", "</tool_call>"), newlines=True, typing=Typing(nulls=("null",)), style="qwen_xml",
 )  # fmt: skip
 _GLM = XmlCalls(
     "<tool_call>", "", "<arg_key>", "</arg_key>", "</arg_value>", "</tool_call>",
-    value_open="<arg_value>", typing=JSON,
+    value_open="<arg_value>", typing=JSON, style="glm_xml",
 )  # fmt: skip
 _MINIMAX = XmlCalls(
     '<invoke name="', '">', '<parameter name="', '">', "</parameter>", "</invoke>",
     section=Section("<minimax:tool_call>", "</minimax:tool_call>"), newlines=True,
-    typing=Typing(union_json=True, misfit_json=True, nulls=("null", "none", "nil")),
+    typing=Typing(union_json=True, misfit_json=True, nulls=("null", "none", "nil")), style="minimax_xml",
 )  # fmt: skip
 _DSML = XmlCalls(
     '<｜DSML｜invoke name="', '">', '<｜DSML｜parameter name="', '" string="',
     "</｜DSML｜parameter>", "</｜DSML｜invoke>",
-    kind_end='">', section=Section("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"), typing=JSON,
+    kind_end='">', section=Section("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"), typing=JSON, style="deepseek_xml",
 )  # fmt: skip
 _DEEPSEEK_SECTION = Section("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 _DEEPSEEK_V3 = NamedCalls(

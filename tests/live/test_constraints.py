@@ -51,6 +51,18 @@ SCHEMA = {
     "additionalProperties": False,
 }
 CALLS = CallOutput(("calculator", "clock"))
+# A row for each way in which calls can be demanded; their marks are ordinary text to these models.
+BY_FAMILY = (
+    "llama3",
+    "qwen3-coder",
+    "mimo",
+    "glm",
+    "minimax",
+    "deepseek-v3",
+    "deepseek-v3.1",
+    "deepseek-v3.2",
+    "kimi-k2",
+)
 PROMPT = "<|im_start|>user\nWhat is 17 * 23 + 5?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -117,7 +129,7 @@ def parse(text: str, row: Format, *, reasoning_open: bool = False) -> ParseResul
     numbers = itertools.count()
     parser = Parser(
         row.syntax,
-        tools=[tool["function"]["name"] for tool in TOOLS],
+        tools={tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in TOOLS},
         parse_tools=True,
         reasoning_open=reasoning_open,
         new_call_id=lambda: f"call-{next(numbers)}",
@@ -150,6 +162,7 @@ CASES: dict[str, tuple[str, Demand, bool]] = {
     "calls, a thought allowed": ("qwen", CALLS, False),
     "calls, in a thought": ("qwen", CALLS, True),
     "one tool": ("hermes", CallOutput(("clock",)), False),
+    **{f"calls of {row.name}": (row.name, CALLS, False) for row in FORMATS if row.name in BY_FAMILY},
 }
 
 
@@ -159,13 +172,17 @@ async def test_replies_are_what_was_demanded(
 ) -> None:
     name, demand, is_open = CASES[case]
     row = FORMAT[name]
+    if name in BY_FAMILY and served.vocab_size > 2000:
+        pytest.skip("the small model shows it, and this one takes minutes")
     # Neither model was trained to end a thought: a push, as agents give one with logit_bias.
     ends = served.encode("</think>")
     bias = ((ends[0], 9.0),) if is_open and len(ends) == 1 else ()
     if is_open and not bias:
         pytest.skip("this model's tokenizer has no token that ends a thought")
     prompt = PROMPT + ("<think>\n" if is_open else "")
-    sampling = sampling_of(demand, row, reasoning_open=is_open, logit_bias=bias)
+    # To the small model DeepSeek's marks are single bytes.
+    max_tokens = 600 if name.startswith("deepseek") else 160
+    sampling = sampling_of(demand, row, reasoning_open=is_open, max_tokens=max_tokens, logit_bias=bias)
     num = 8 if served.vocab_size < 2000 else 4  # SmolLM2 is slow on a CPU
     replies = await asyncio.gather(*(served.sample(prompt, sampling, stream=n % 2 == 1) for n in range(num)))
     whole = [result for _, result in replies if result.finish_reason == "stop"]
