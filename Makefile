@@ -36,6 +36,7 @@ letta: $(LETTA_DIR)/ready
 	$(IN_LETTA)/python tests/adapters/letta_demo.py
 
 bench: $(VENV)/ready
+	$(BIN)/python bench/parse.py
 	$(BIN)/python bench/bench.py
 
 format: $(VENV)/ready

@@ -58,7 +58,8 @@ MISTRAL_THINK = ThinkTags("[THINK]", "[/THINK]")
 _HERMES = JsonCalls()
 _QWEN_XML = XmlCalls(
     "<function=", ">", "<parameter=", ">", "</parameter>", "</function>",
-    section=Section("<tool_call>", "</tool_call>"), newlines=True, typing=Typing(nulls=("null",)), style="qwen_xml",
+    section=Section("<tool_call>", "</tool_call>"), newlines=True, typing=Typing(nulls=("null",)),
+    style="qwen_xml",
 )  # fmt: skip
 _GLM = XmlCalls(
     "<tool_call>", "", "<arg_key>", "</arg_key>", "</arg_value>", "</tool_call>",
@@ -67,12 +68,14 @@ _GLM = XmlCalls(
 _MINIMAX = XmlCalls(
     '<invoke name="', '">', '<parameter name="', '">', "</parameter>", "</invoke>",
     section=Section("<minimax:tool_call>", "</minimax:tool_call>"), newlines=True,
-    typing=Typing(union_json=True, misfit_json=True, nulls=("null", "none", "nil")), style="minimax_xml",
+    typing=Typing(union_json=True, misfit_json=True, nulls=("null", "none", "nil")),
+    style="minimax_xml",
 )  # fmt: skip
 _DSML = XmlCalls(
     '<｜DSML｜invoke name="', '">', '<｜DSML｜parameter name="', '" string="',
     "</｜DSML｜parameter>", "</｜DSML｜invoke>",
-    kind_end='">', section=Section("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"), typing=JSON, style="deepseek_xml",
+    kind_end='">', section=Section("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"), typing=JSON,
+    style="deepseek_xml",
 )  # fmt: skip
 _DEEPSEEK_SECTION = Section("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 _DEEPSEEK_V3 = NamedCalls(

@@ -192,11 +192,13 @@ def thinking_arguments(
     return {name: enabled for name in ("enable_thinking", "thinking") if name in variables}
 
 
-def template_arguments(given: Json, asked: Sequence[tuple[str, Json]]) -> tuple[Json, list[str]]:
+def template_arguments(
+    given: Json, asked: Sequence[tuple[str, Json]], usual: Mapping[str, Any]
+) -> tuple[Json, list[str]]:
     """The template's arguments, and the fields that asked for some without effect.
 
     `given` is `chat_template_kwargs`, which goes before the others; `asked` has each field that asks for
-    arguments, and which.
+    arguments, and which. `usual` are the gateway's own, which go behind them.
 
     Raises:
         RequestError: an argument that only the gateway may set.
@@ -206,7 +208,7 @@ def template_arguments(given: Json, asked: Sequence[tuple[str, Json]]) -> tuple[
             raise RequestError(
                 f"`chat_template_kwargs.{name}` is the gateway's own", param="chat_template_kwargs"
             )
-    arguments = {name: value for _, wanted in asked for name, value in wanted.items()} | given
+    arguments = {**usual, **{name: value for _, wanted in asked for name, value in wanted.items()}, **given}
     return arguments, [
         name for name, wanted in asked if not wanted or not wanted.items() <= arguments.items()
     ]

@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokentape.engines.base import Engine, EngineInfo
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
-from tokentape.errors import TokentapeError
+from tokentape.errors import ConfigError, TokentapeError
 from tokentape.formats import FORMATS, Detected, Format, detect
 from tokentape.gateway.api import AgentApi
 from tokentape.gateway.plan import Planner
@@ -20,6 +21,7 @@ from tokentape.metrics import Metrics
 from tokentape.model import model_directory, model_sizes
 from tokentape.render import History, Renderer
 from tokentape.store import SQLiteStore, Store
+from tokentape.template import RESERVED
 from tokentape.types import Json
 from tokentape.volatile import Volatile
 
@@ -47,7 +49,8 @@ class PartsConfig:
     `model` is a directory or hub id: tokenizer, chat template and sizes; `engine` has its weights, or reaches
     the server that has them; one that is given made is not closed here. `store` is None to keep the sessions
     in memory only. `tool_format` and `reasoning_format` are "auto" or the name of a row: of `formats`, which
-    come first, or of `formats.FORMATS`. `volatile` are names of `volatile.RULES`, or regular expressions.
+    come first, or of `formats.FORMATS`. `template_arguments` are the chat template's, where a request does
+    not say otherwise. `volatile` are names of `volatile.RULES`, or regular expressions.
     """
 
     model: str
@@ -56,6 +59,7 @@ class PartsConfig:
     tool_format: str = "auto"
     reasoning_format: str = "auto"
     formats: tuple[Format, ...] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     history: History = "template"
     auto_sessions: bool = False
     default_max_tokens: int = 4096
@@ -94,6 +98,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
     formats = (*config.formats, *FORMATS)
     detected = detect(renderer.template, config.tool_format, config.reasoning_format, formats=formats)
     _log_format(detected)
+    _check_arguments(config.template_arguments, renderer.template.variables)
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
         store = _store(config.store, renderer.tokenizer.fingerprint)
@@ -120,7 +125,11 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
             formats=formats,
         )
         wires = WireConfig(
-            config.http.model, renderer.tokenizer, renderer.template.variables, config.http.strict
+            config.http.model,
+            renderer.tokenizer,
+            renderer.template.variables,
+            config.template_arguments,
+            config.http.strict,
         )
         api = AgentApi(turns, wires)
         stack.push_async_callback(api.aclose)
@@ -141,6 +150,17 @@ def _log_format(detected: Detected) -> None:
             "format: the chat template writes tool calls as %s reads them, not %s: is --tool-format right?",
             detected.contradicted, detected.format.name,
         )  # fmt: skip
+
+
+def _check_arguments(arguments: Mapping[str, Any], variables: frozenset[str]) -> None:
+    for name in arguments:
+        if name in RESERVED:
+            raise ConfigError(f"--template-arg {name}: that is the gateway's own")
+        if name not in variables:
+            known = ", ".join(sorted(variables - RESERVED)) or "none"
+            raise ConfigError(
+                f"--template-arg {name}: the chat template reads no such variable; it reads {known}"
+            )
 
 
 def info_json(info: EngineInfo) -> Json:

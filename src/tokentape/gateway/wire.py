@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from msgspec import Raw
@@ -23,12 +23,14 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}")
 class WireConfig:
     """What every wire needs to know of the gateway.
 
-    `model` is the name it answers to. `template_variables` are the variables that the chat template reads.
+    `model` is the name it answers to. `template_variables` are the variables that the chat template reads;
+    `template_arguments` those that it has where a request does not say otherwise.
     """
 
     model: str
     tokenizer: Tokenizer
     template_variables: frozenset[str] = frozenset()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     strict: bool = False
 
 

@@ -172,7 +172,9 @@ def decode(request: AgentRequest) -> Decoded:
     if (effort := values.get("reasoning_effort")) is not None:
         wanted = thinking_arguments(config.template_variables, effort=effort)
         asked.append(("reasoning_effort", wanted))
-    arguments, unused = template_arguments(values.get("chat_template_kwargs", {}), asked)
+    arguments, unused = template_arguments(
+        values.get("chat_template_kwargs", {}), asked, config.template_arguments
+    )
     tools = bytes(fields.raw["tools"]) if values.get("tools") else b"[]"
     frame, frame_key = read_frame(session, tools, arguments)
     names = [tool["function"]["name"] for tool in frame.tools]

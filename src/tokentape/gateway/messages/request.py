@@ -140,7 +140,9 @@ def _decode(request: AgentRequest) -> Decoded:
     unheard = Unheard(config.strict)
     unheard.look_inside(fields, _INSIDE)
     arguments, unused = template_arguments(
-        values.get("chat_template_kwargs", {}), _asked(values, config.template_variables)
+        values.get("chat_template_kwargs", {}),
+        _asked(values, config.template_variables),
+        config.template_arguments,
     )
     frame, frame_key = read_frame(session, tools, arguments)
     choice = values.get("tool_choice") or _ToolChoice("auto")

@@ -132,7 +132,9 @@ def decode(request: AgentRequest) -> Decoded:
     if (effort := values.get("reasoning", _Reasoning()).effort) is not None:
         thinking = thinking_arguments(config.template_variables, effort=effort)
         told.append(("reasoning.effort", thinking))
-    arguments, unused = template_arguments(values.get("chat_template_kwargs", {}), told)
+    arguments, unused = template_arguments(
+        values.get("chat_template_kwargs", {}), told, config.template_arguments
+    )
     frame, frame_key = read_frame(session, tools.to_json(), arguments)
     choice = read_choice(values.get("tool_choice", "auto"), tools)
     parse_calls, demand, pointless = read_demand(choice, tools.names, ("text.format", _schema(values)))
