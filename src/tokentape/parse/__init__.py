@@ -8,9 +8,10 @@ What a `Parser` promises:
   are the text.
 - The work is linear in the text, whatever the chunks.
 
-All that is left out of content and reasoning, on purpose: the reasoning tags and the newlines at the thought's
-edges, the space behind the closing tag, the text of delivered calls with the marks around them, and the space
-that these leave at the content's edges. Space means space, tab, CR and LF: what JSON calls whitespace.
+All that is left out of content and reasoning, on purpose: the reasoning tags and the newlines at the
+thought's edges, the space behind the closing tag, the text of delivered calls with the marks around them, and
+the space that these leave at the content's edges. Space means space, tab, CR and LF: what JSON calls
+whitespace.
 """
 
 from tokentape.parse.events import (

@@ -72,8 +72,9 @@ class ReasoningDelta:
 class ArgumentsDelta:
     """More of the arguments of a call that is still being written; never empty.
 
-    A promise of nothing: the call may yet turn out malformed, and then its text follows as content. Where a
-    `CallDelta` of this `index` follows, the deltas before it are its arguments, all of them.
+    A promise of nothing: the call may yet turn out malformed, and then its text follows as a `TextDelta`.
+    Where the `CallDelta` of this `index` follows, the deltas since the last event of another kind are its
+    arguments, all of them.
     """
 
     index: int
@@ -100,7 +101,7 @@ class PieceKind(StrEnum):
     REASONING = "reasoning"
     CONTENT = "content"
     CALL = "call"
-    """A delivered call, its marks included."""
+    """One delivered call, its marks included."""
     MARKUP = "markup"
     """Tags of thoughts, marks of sections and channels, and the space beside them."""
 

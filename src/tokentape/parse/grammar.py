@@ -5,6 +5,7 @@ block of calls in the content; `read` is started where one of them stands and re
 nothing of the tools on offer, of reasoning, or of streaming events: that is `parser.Parser`.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,8 @@ from typing import Protocol
 from tokentape.parse.events import CallStatus
 from tokentape.parse.source import Malformed, Marks, Source, Steps, marks
 from tokentape.types import Json
+
+_NO_NAME = re.compile(r"""[\s"'<>(){}\[\]]""")
 
 
 class Call:
@@ -34,13 +37,15 @@ class Call:
         return self._tools.get(self.name or "", {})
 
     def read_name(self, name: str) -> None:
-        """Take the tool's name.
+        """Take the tool's name, as it stands between the marks.
 
         Raises:
-            Malformed: it is empty.
+            Malformed: it is empty, or no name: with another family's call there, it must not become one.
         """
         if not name:
             raise Malformed(CallStatus.NO_NAME, "the call has no name")
+        if _NO_NAME.search(name):
+            raise Malformed(CallStatus.MALFORMED, f"{name[:40]!r} stands where the tool's name must be")
         self.name = name
 
     def argue(self, text: str) -> None:
@@ -74,7 +79,7 @@ class Writer(Protocol):
         ...
 
     def glue(self, text: str) -> None:
-        """Pass over what stands around calls: markup if one of them is delivered, else content."""
+        """Pass over what stands around calls: markup if the first of them is delivered, else content."""
         ...
 
     def attempt(
@@ -147,6 +152,16 @@ class Section:
     optional: bool = False
 
 
+def section_rule(section: Section | None, tags: Sequence[Json], *, separator: str, space: str = "") -> Json:
+    """The structural tag of one of `tags` or more, in their section."""
+    calls: Json = {"type": "tags_with_separator", "tags": tags, "separator": separator, "at_least_one": True}
+    if section is None:
+        return calls
+    edges = (section.open + space, space + section.close)
+    before, after = ({"type": "const_string", "value": edge} for edge in edges)
+    return {"type": "sequence", "elements": [before, calls, after]}
+
+
 def read_section(
     src: Source,
     out: Writer,
@@ -159,11 +174,11 @@ def read_section(
 
     def read_other(src: Source, call: Call) -> Steps[None]:
         del call
-        yield from src.peek()
-        rest = src.text[src.at :]
-        if src.final and (begin.startswith(rest) or section.close.startswith(rest)):
-            raise Malformed(CallStatus.UNCLOSED, "the completion ended inside the section")
-        raise Malformed(CallStatus.MALFORMED, "something else stands in the section where a call must begin")
+        error = Malformed(
+            CallStatus.MALFORMED, "something else stands in the section where a call must begin"
+        )
+        yield from src.expect((begin, section.close), error)
+        raise error
 
     out.glue(src.take_mark(section.open))
     ends = Ends((close,), (section.close,))

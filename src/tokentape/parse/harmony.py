@@ -4,8 +4,8 @@
     <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>
     <|start|>assistant<|channel|>final<|message|>An answer.<|return|>
 
-The prompt ends with `<|start|>assistant`, so the first message begins behind it. The recipient may stand before
-the channel too, as the chat template writes it.
+The prompt ends with `<|start|>assistant`, so the first message begins behind it. The recipient may stand
+before the channel too, as the chat template writes it.
 """
 
 import re
@@ -111,8 +111,8 @@ def _read_call(src: Source, call: Call) -> Steps[None]:
     check_json(arguments)
     call.arguments = arguments
     yield from src.space()
-    found = yield from src.starts(*_ENDS, START)
+    if src.final and src.at == len(src.text):  # the mark is the engine's stop token
+        return
+    found = yield from src.expect((*_ENDS, START), broken("something follows the object"))
     if found in _ENDS:
         src.take_mark(found)
-    elif found is None and not (src.final and src.at == len(src.text)):
-        raise broken("something follows the object")

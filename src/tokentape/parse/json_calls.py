@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from tokentape.parse.events import CallStatus
-from tokentape.parse.grammar import Call, Ends, Section, Writer, read_section
+from tokentape.parse.grammar import Call, Ends, Section, Writer, read_section, section_rule
 from tokentape.parse.jsonscan import broken, read_string, scan_value
 from tokentape.parse.source import Malformed, NotACall, Sink, Source, Steps, marks
 from tokentape.types import Json
@@ -36,8 +36,9 @@ _check = msgspec.json.Decoder(msgspec.Raw).decode
 class JsonCalls:
     """Each call is `{"name": …, "arguments": {…}}` between `open` and `close`; `parameters` will do as well.
 
-    Hermes, Qwen. With a `separator` (Llama 3) a call may stand bare where the content begins, and more of them
-    behind it. `list_open` is what stands before a JSON list of calls (Mistral Nemo), `list_close` behind it.
+    Hermes, Qwen. With a `separator` (Llama 3) a call may stand bare where the content begins, and more of
+    them behind it. `list_open` is what stands before a JSON list of calls (Mistral Nemo), `list_close` behind
+    it.
     """
 
     open: str = "<tool_call>"
@@ -72,25 +73,27 @@ class JsonCalls:
 
     def rule(self, names: Sequence[str], schema_of: Callable[[str], Json]) -> Json | None:
         """See `Grammar`."""
-        if not (self.open and self.close):
+        before, key, after = f"{self.open}\n", "arguments", f"\n{self.close}"
+        if self.separator:  # bare
+            before, key, after = "", "parameters", ""
+        elif not (self.open and self.close):
             return None
-        tags = [
+        tags: list[Json] = [
             {
                 "type": "tag",
-                "begin": f'{self.open}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ',
+                "begin": f'{before}{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": ',
                 "content": schema_of(name),
-                "end": f"}}\n{self.close}",
+                "end": f"}}{after}",
             }
             for name in names
         ]
-        return {"type": "tags_with_separator", "tags": tags, "separator": "\n", "at_least_one": True}
+        return section_rule(None, tags, separator=self.separator or "\n")
 
     def _read_tagged(self, src: Source, call: Call) -> Steps[None]:
-        start = src.position
         src.take_mark(self.open)
         yield from src.space()
         yield from _read_object(src, call, bare=False)
-        yield from close_call(src, self.close, start)
+        yield from close_call(src, self.close)
 
     def _read_bare(self, src: Source, out: Writer) -> Steps[None]:
         """`<|python_tag|>{…};{…}`: the mark may be missing where the content begins."""
@@ -166,32 +169,37 @@ class NamedCalls:
         if self.section is not None and src.text.startswith(self.section.open, src.at):
             yield from read_section(src, out, self.section, self.open, self.close, self._read_call)
             return
-        behind = (self.close,) if self.close else ()
+        behind = (self.close.strip(),) if self.close else ()
         before = () if self.close else (self.open,)
         ends = Ends(behind, before, skip=len(self.open))
-        yield from out.attempt(self._read_call, ends, outside=self.section is not None)
+        outside = self.section is not None and not self.section.optional
+        yield from out.attempt(self._read_call, ends, outside=outside)
 
     def rule(self, names: Sequence[str], schema_of: Callable[[str], Json]) -> Json | None:
         """See `Grammar`."""
-        if self.numbered or self.id_begin:  # what the model writes there cannot be known before it does
+        if not self.close:  # a tag must end with something
             return None
-        tags = [
+        head, ahead = self.name_end, list[Json]()
+        if self.numbered:
+            head = ":"
+            ahead = [
+                {"type": "regex", "pattern": "[0-9]{1,4}"},
+                {"type": "const_string", "value": self.name_end},
+            ]
+        tags: list[Json] = [
             {
                 "type": "tag",
-                "begin": f"{self.open}{name}{self.name_end}",
-                "content": schema_of(name),
+                "begin": f"{self.open}{'functions.' if self.numbered else ''}{name}{head}",
+                "content": {"type": "sequence", "elements": [*ahead, schema_of(name)]}
+                if ahead
+                else schema_of(name),
                 "end": self.close,
             }
             for name in names
         ]
-        calls = {"type": "tags_with_separator", "tags": tags, "separator": "", "at_least_one": True}
-        if self.section is None:
-            return calls
-        marks = [{"type": "const_string", "value": mark} for mark in (self.section.open, self.section.close)]
-        return {"type": "sequence", "elements": [marks[0], calls, marks[1]]}
+        return section_rule(self.section, tags, separator="")
 
     def _read_call(self, src: Source, call: Call) -> Steps[None]:
-        start = src.position
         src.take_mark(self.open)
         yield from self._read_head(src, call)
         yield from src.space()
@@ -207,7 +215,7 @@ class NamedCalls:
         arguments = "".join(parts)
         check_json(arguments)
         call.arguments = arguments
-        yield from close_call(src, self.close, start)
+        yield from close_call(src, self.close)
 
     def _read_head(self, src: Source, call: Call) -> Steps[None]:
         """Read up to the mark behind the name, and an id where there is one."""
@@ -217,7 +225,7 @@ class NamedCalls:
         found = yield from src.until(ends, parts.append)
         name = "".join(parts).strip()
         if self.id_begin and found == self.id_begin:
-            src.take_mark(found)
+            src.take_mark(self.id_begin)
             parts.clear()
             found = yield from src.until(marks(name_end, self.open, "{"), parts.append)
             call.id = "".join(parts).strip() or None
@@ -249,23 +257,18 @@ def check_json(text: str) -> None:
         raise broken(str(error)) from None
 
 
-def close_call(src: Source, close: str, start: int) -> Steps[None]:
-    """Read space and the mark that ends a call that began at `start`; an empty mark is always there.
+def close_call(src: Source, close: str) -> Steps[None]:
+    """Read space and the mark that ends a call; an empty mark is always there.
 
     Raises:
         Malformed: something else stands there.
     """
     if not close:
         return
-    close, num_read = close.strip(), src.position - start
+    close, read = close.strip(), src.position
     yield from src.space()
-    if (yield from src.starts(close)) is None:
-        if src.final and close.startswith(src.text[src.at :]):
-            yield from src.more()
-        raise Malformed(
-            CallStatus.INVALID_JSON, "the call is not JSON: something follows the object", read=num_read
-        )
-    src.take_mark(close)
+    error = "the call is not JSON: something follows the object"
+    src.take_mark((yield from src.expect((close,), Malformed(CallStatus.INVALID_JSON, error, read=read))))
 
 
 def _read_item(src: Source, call: Call) -> Steps[None]:

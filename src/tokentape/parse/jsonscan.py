@@ -59,6 +59,7 @@ def read_string(text: str) -> str:
 
 
 def _scan_string(src: Source, sink: Sink) -> Steps[None]:
+    opened = src.position
     sink(src.take_mark('"'))
     while True:
         text, at = src.text, skip(_STRING, src.text, src.at)
@@ -68,7 +69,7 @@ def _scan_string(src: Source, sink: Sink) -> Steps[None]:
         sink(src.take(at))
         if at < len(text) and text[at] != "\\":  # a backslash stops it only where the text ends behind it
             raise broken(f"{text[at]!r} inside a string")
-        yield from src.more()
+        yield from src.more(opened, CallStatus.INVALID_JSON)
 
 
 def _scan_scalar(src: Source, sink: Sink) -> Steps[None]:
@@ -83,28 +84,31 @@ def _scan_scalar(src: Source, sink: Sink) -> Steps[None]:
 
 
 def _scan_brackets(src: Source, sink: Sink) -> Steps[None]:
-    depth, in_string = 0, False
+    depth, in_string, opened = 0, False, 0
     while True:
         text, at = src.text, src.at
         while (at := skip(_STRING if in_string else _PLAIN, text, at)) < len(text):
             char = text[at]
             if in_string and char == "\\":  # the text ends behind it: the pattern takes a whole escape
                 break
-            at += 1
             if char == '"':
-                in_string = not in_string
-            elif in_string:
-                raise broken(f"{char!r} inside a string")
-            elif char in "{[" and depth < MAX_DEPTH:
+                in_string, opened = not in_string, src.position + at - src.at
+            elif not in_string and char in "{[" and depth < MAX_DEPTH:
                 depth += 1
-            elif char in "]}":
+            elif not in_string and char in "]}":
                 depth -= 1
-                if not depth:
-                    sink(src.take(at))
-                    return
-            elif char in "{[":
-                raise broken(f"nested deeper than {MAX_DEPTH}")
             else:
-                raise broken(f"unexpected {char!r}")
+                sink(src.take(at))  # what is said does not depend on how the text was cut
+                raise broken(_what_is_wrong(char, in_string=in_string))
+            at += 1
+            if not depth:
+                sink(src.take(at))
+                return
         sink(src.take(at))
-        yield from src.more()
+        yield from src.more(opened if in_string else None, CallStatus.INVALID_JSON)
+
+
+def _what_is_wrong(char: str, *, in_string: bool) -> str:
+    if in_string:
+        return f"{char!r} inside a string"
+    return f"nested deeper than {MAX_DEPTH}" if char in "{[" else f"unexpected {char!r}"

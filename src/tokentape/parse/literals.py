@@ -1,7 +1,7 @@
 r"""Python's literals → JSON: what models write in pythonic calls, and templates where they print a dict.
 
-Strings (with escapes, triple quotes, the prefixes r and u), numbers, True, False, None (and JSON's own true, false,
-null), lists, tuples, dicts with string keys. Nothing is evaluated.
+Strings (with escapes, triple quotes, the prefixes r and u), numbers, True, False, None (and JSON's own true,
+false, null), lists, tuples, dicts with string keys. Nothing is evaluated.
 """
 
 import json

@@ -1,6 +1,5 @@
 """The parser: a completion's text in any pieces, what it says in events. No I/O."""
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -87,7 +86,7 @@ class Parser:
         self._stop = StopCutter(stop)
         self._src = Source()
         self._events: list[ParseEvent] = []
-        self._pieces: list[tuple[PieceKind, str]] = []
+        self._pieces: list[tuple[PieceKind, list[str]]] = []
         self._content = Trimmed(_SPACE_CHARS)
         self._reasoning: Trimmed | None = None
         self._reasoning_closed = True
@@ -95,6 +94,7 @@ class Parser:
         self._thoughts_from = 0  # where the first of them stands
         self._attempts: list[CallAttempt] = []
         self._delivered: list[ToolCall] = []
+        self._call_ids = set[str]()
         self._block: list[str] | None = None  # glue of a block of calls, until one of them settles what it is
         self._block_kind: PieceKind | None = None
         self._steps = self._read()
@@ -137,7 +137,6 @@ class Parser:
         attempts.sort(key=lambda attempt: attempt.start)
         bad = [attempt.status.value for attempt in attempts if attempt.status is not CallStatus.OK]
         content = "".join(self._content.parts)
-        runs = itertools.groupby(self._pieces, key=lambda piece: piece[0])
         return ParseResult(
             content=None if not content and (self._delivered or self._reasoning) else content,
             reasoning="".join(self._reasoning.parts) if self._reasoning else None,
@@ -146,7 +145,7 @@ class Parser:
             reasoning_closed=self._reasoning_closed,
             status=[*bad, "ok"][0] if self._reasoning_closed else REASONING_UNCLOSED,
             stopped=self._stop.stopped,
-            pieces=tuple(Piece(kind, "".join(text for _, text in run)) for kind, run in runs),
+            pieces=tuple(Piece(kind, "".join(parts)) for kind, parts in self._pieces),
         )
 
     # -- what stands where
@@ -209,13 +208,13 @@ class Parser:
         self.text(src.take(src.at + 1))
 
     def _in_reasoning(self) -> list[CallAttempt]:
-        """The attempts inside the thought, which do not count. A mark without a name is only talk of calls."""
+        """The attempts inside the thought, which do not count; a mark without a name is only talk of them."""
         syntax, found = Syntax(self._syntax.calls), list[CallAttempt]()
         if syntax.channels is not None:
             return found
         begins = marks(*(mark for grammar in syntax.calls for mark in grammar.begins))
         text = "".join(self._thoughts)
-        if not begins.pattern.search(text):
+        if not begins.search(text):
             return found
         parser = Parser(syntax, tools=self._tools, parse_tools=False, reasoning_open=False, new_call_id=str)
         parser.feed(text)
@@ -231,7 +230,7 @@ class Parser:
     def text(self, text: str) -> None:
         """Say content."""
         if text:
-            self._pieces.append((PieceKind.CONTENT, text))
+            self._piece(PieceKind.CONTENT, text)
             trim_left = bool(self._delivered) or self._reasoning is not None
             self._emit(TextDelta(self._content.push(text, trim_left=trim_left)))
 
@@ -246,7 +245,7 @@ class Parser:
         if self._reasoning is None:
             raise InternalError("a thought that did not begin")
         if text:
-            self._pieces.append((PieceKind.REASONING, text))
+            self._piece(PieceKind.REASONING, text)
             if not self._thoughts:
                 self._thoughts_from = self._src.position - len(text)
             self._thoughts.append(text)
@@ -258,8 +257,7 @@ class Parser:
 
     def markup(self, text: str) -> None:
         """Pass over a tag."""
-        if text:
-            self._pieces.append((PieceKind.MARKUP, text))
+        self._piece(PieceKind.MARKUP, text)
 
     def glue(self, text: str) -> None:
         """Pass over what stands around calls: markup if one of them is delivered, else content."""
@@ -293,7 +291,12 @@ class Parser:
             status, error = failure.status, str(failure)
             closed = yield from self._recover(ends, failure.read)
             if closed and status is CallStatus.UNCLOSED:
-                status, error = CallStatus.MALFORMED, "the call is closed before it is complete"
+                status, error = failure.if_closed, "the call is closed before it is complete"
+            if src.position == start:  # the text ended where a call must begin
+                if self._block_kind is not None:  # behind another one
+                    src.forget()
+                    return False
+                start -= sum(map(len, self._block or ()))
         if outside and status is CallStatus.OK:
             status, error = CallStatus.OUTSIDE_SECTION, "the call stands outside of the section for calls"
         self._settle(start, call, status, error, src.kept())
@@ -306,10 +309,17 @@ class Parser:
         if event.text:
             self._events.append(event)
 
+    def _piece(self, kind: PieceKind, text: str) -> None:
+        if not text:
+            return
+        if self._pieces and self._pieces[-1][0] is kind and kind is not PieceKind.CALL:
+            self._pieces[-1][1].append(text)
+        else:
+            self._pieces.append((kind, [text]))
+
     def _hold(self, space: str) -> None:
         """Space at the beginning of the content, if more follows."""
-        if space:
-            self._pieces.append((PieceKind.CONTENT, space))
+        self._piece(PieceKind.CONTENT, space)
         self._content.held.append(space)
 
     def _on_arguments(self, name: str, text: str) -> None:
@@ -324,11 +334,12 @@ class Parser:
             for text in glue:
                 self.glue(text)
 
-    def _recover(self, ends: Ends, num_read: int) -> Steps[bool]:
+    def _recover(self, ends: Ends, read: int) -> Steps[bool]:
         """Read on to where a failed attempt ends; whether a mark is there that says so."""
         src = self._src
         src.rewind()
-        src.take(min(max(num_read, ends.skip), len(src.text)))
+        num_sure = max(read - src.position, ends.skip)
+        src.take(min(src.at + num_sure, len(src.text)))
         found = yield from src.until(ends.marks, lambda _: None)
         if found is not None and found in ends.behind:
             src.take_mark(found)
@@ -347,9 +358,9 @@ class Parser:
             self.text(text)
             return
         self._settle_block(PieceKind.MARKUP)
-        self._pieces.append((PieceKind.CALL, text))
-        taken = {call.id for call in self._delivered}
-        call_id = call.id if call.id and call.id not in taken else self._new_call_id()
+        self._piece(PieceKind.CALL, text)
+        call_id = call.id if call.id and call.id not in self._call_ids else self._new_call_id()
+        self._call_ids.add(call_id)
         if not call.any_argued:
             self._on_arguments(call.name, call.arguments)
         delivered = ToolCall(call_id, call.name, call.arguments)

@@ -1,4 +1,4 @@
-"""Calls written as Python: `[get_weather(city="Paris", days=2), get_time(tz="CET")]`. Gemma, Llama 4, …"""
+"""Calls written as Python: `[get_weather(city="Paris", days=2), get_time(tz="CET")]`. Gemma, Llama 4."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -178,17 +178,15 @@ def _scan_string(src: Source, sink: Sink) -> Steps[None]:
     while len(src.text) - src.at < len("'''") and not src.final:
         yield
     mark = next(quote for quote in _QUOTES if src.text.startswith(quote, src.at))
+    opened = src.position
     sink(src.take_mark(mark))
     while True:
         sink(src.take(skip(_IN_QUOTES[mark], src.text, src.at)))
-        yield from src.peek()
+        while src.ends_inside(src.at, ("\\?", mark)):
+            yield from src.more(opened)
         if src.text[src.at] == "\\":
-            while len(src.text) - src.at < 2:
-                yield from src.more()
             sink(src.take(src.at + 2))
             continue
-        while len(src.text) - src.at < len(mark) and mark.startswith(src.text[src.at :]):
-            yield from src.more()
         if src.text.startswith(mark, src.at):
             sink(src.take_mark(mark))
             return

@@ -21,12 +21,18 @@ SPACE = re.compile(r"[ \t\r\n]*+")
 
 
 class Malformed(Exception):  # not an error of ours: it becomes a call's status
-    """The text cannot be a call. `read` characters of it were understood: its end is sought behind them."""
+    """The text cannot be a call. Up to position `read` it was understood: its end is sought behind that.
 
-    def __init__(self, status: CallStatus, why: str, *, read: int = 0) -> None:
+    `if_closed` is the status where an end is found there of a call that was only unclosed so far.
+    """
+
+    def __init__(
+        self, status: CallStatus, why: str, *, read: int = 0, if_closed: CallStatus = CallStatus.MALFORMED
+    ) -> None:
         super().__init__(why)
         self.status = status
         self.read = read
+        self.if_closed = if_closed
 
 
 class NotACall(Exception):
@@ -38,12 +44,16 @@ class Marks:
 
     def __init__(self, texts: tuple[str, ...]) -> None:
         self.texts = tuple(dict.fromkeys(text for text in texts if text))
-        self.pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
+        self._pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
         self._longest = max(map(len, self.texts), default=0)
         self._firsts = re.compile("|".join(sorted({re.escape(text[0]) for text in self.texts})) or r"(?!)")
 
+    def search(self, text: str, at: int = 0) -> re.Match[str] | None:
+        """The first of them in `text[at:]`."""
+        return self._pattern.search(text, at)
+
     def num_partial(self, text: str, at: int) -> int:
-        """How many characters at the end of `text[at:]` may be the beginning of a mark, short of all of it."""
+        """How many characters at the end of `text[at:]` may be the beginning of a mark, but not all of it."""
         at = max(at, len(text) - self._longest + 1)
         while found := self._firsts.search(text, at):
             at = found.start()
@@ -98,10 +108,12 @@ class Source:
 
     def rewind(self) -> None:
         """Unread all since `keep`; it is remembered on."""
-        before = "".join(self._kept or ())
-        self.text = before + self.text[self._kept_from :]
-        self._base -= len(before) - self._kept_from
-        self._kept, self._kept_from, self.at = [], 0, 0
+        if self._kept:  # else all of it still stands in `text`, which may be long: nothing is copied
+            before = "".join(self._kept)
+            self.text = before + self.text[self._kept_from :]
+            self._base -= len(before) - self._kept_from
+            self._kept, self._kept_from = [], 0
+        self.at = self._kept_from
 
     def take(self, end: int) -> str:
         """Read up to `text[end]`."""
@@ -113,14 +125,18 @@ class Source:
         """Read a mark that is known to stand here."""
         return self.take(self.at + len(mark))
 
-    def more(self) -> Steps[None]:
-        """Wait for more text.
+    def more(self, opened: int | None = None, if_closed: CallStatus = CallStatus.MALFORMED) -> Steps[None]:
+        """Wait for more text. `opened` is where the string began that stands open here: was it meant to?
 
         Raises:
             Malformed: there is none.
         """
         if self.final:
-            raise Malformed(CallStatus.UNCLOSED, "the completion ended inside the call")
+            # What was understood is not read again, lest many calls that never close cost their square.
+            read = self.position if opened is None else opened
+            raise Malformed(
+                CallStatus.UNCLOSED, "the completion ended inside the call", read=read, if_closed=if_closed
+            )
         yield
 
     def peek(self) -> Steps[str]:
@@ -148,15 +164,32 @@ class Source:
             for text in texts:
                 if self.text.startswith(text, self.at):
                     return text
-            rest = self.text[self.at :]
-            if self.final or not any(text.startswith(rest) for text in texts):
+            if self.final or not self.ends_inside(self.at, texts):
                 return None
             yield
+
+    def expect(self, texts: tuple[str, ...], error: Malformed) -> Steps[str]:
+        """Which of `texts` stands here. Nothing is read.
+
+        Raises:
+            Malformed: `error` where none of them does, and that the text ended where it may be half of one.
+        """
+        found = yield from self.starts(*texts)
+        if found is None and self.ends_inside(self.at, texts):
+            yield from self.more()
+        if found is None:
+            raise error
+        return found
+
+    def ends_inside(self, at: int, texts: tuple[str, ...]) -> bool:
+        """Whether all that is left of the text from `at` on is the beginning of one of `texts`."""
+        num_left = len(self.text) - at
+        return any(num_left < len(text) and self.text.endswith(text[:num_left]) for text in texts)
 
     def until(self, marks: Marks, sink: Sink) -> Steps[str | None]:
         """Read on to the first of the marks, which then stands here; None where the text ends without."""
         while True:
-            found = marks.pattern.search(self.text, self.at)
+            found = marks.search(self.text, self.at)
             if found:
                 sink(self.take(found.start()))
                 return found[0]

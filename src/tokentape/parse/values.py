@@ -1,8 +1,8 @@
 """The value of a parameter that a model writes as bare text, typed by the tool's schema.
 
-Where the schema says string, the text is the value. Where it says something else, the text is read as JSON, or
-as Python's literal (some templates print `True` and `{'a': 1}`); text that is neither stays a string, which
-the tool then refuses: nothing is guessed, nothing is dropped. In what is left open, families differ.
+Where the schema says string, the text is the value. Where it says something else, the text is read as JSON,
+or as Python's literal (some templates print `True` and `{'a': 1}`); text that is neither stays a string,
+which the tool then refuses: nothing is guessed, nothing is dropped. In what is left open, families differ.
 """
 
 import json
@@ -51,7 +51,7 @@ class Typing:
     def _may_be_json(self, types: frozenset[str]) -> bool:
         if not types:
             return self.untyped_json
-        return types != {"string"} and ("string" not in types or self.union_json)
+        return types != frozenset({"string"}) and ("string" not in types or self.union_json)
 
 
 TEXT = Typing()

@@ -1,10 +1,10 @@
-"""Calls written with a mark around each parameter: Qwen3-Coder, Nemotron, GLM, MiniMax, DeepSeek V3.2, …"""
+"""Calls written with a mark around each parameter: Qwen3-Coder, Nemotron, GLM, MiniMax, DeepSeek V3.2."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tokentape.parse.events import CallStatus
-from tokentape.parse.grammar import Call, Ends, Section, Writer, read_section
+from tokentape.parse.grammar import Call, Ends, Section, Writer, read_section, section_rule
 from tokentape.parse.source import SPACE, Malformed, Sink, Source, Steps, marks, skip
 from tokentape.parse.values import TEXT, Typing, quote, types_of
 from tokentape.types import Json
@@ -14,11 +14,12 @@ _MAX_GAP = 80  # characters that a mark behind a value is waited for: templates 
 
 @dataclass(frozen=True, slots=True)
 class XmlCalls:
-    """`open NAME name_end`, for each parameter `key_open KEY key_end value_open VALUE value_end`, then `close`.
+    """`open NAME name_end`, `key_open KEY key_end value_open VALUE value_end` for each parameter, `close`.
 
     Where `name_end` is empty, the name goes on to the first parameter, or to `close`. Where `key_end` is
     `" string="`, the model says itself whether a value is a string (`kind_end` follows `true` or `false`).
-    `newlines`: one newline at each edge of a value belongs to the marks. `typing` is how a value's text is read.
+    `newlines`: one newline at each edge of a value belongs to the marks. `typing` is how a value's text is
+    read. `style` is xgrammar's name for parameters written this way; without one no call can be demanded.
 
     A value may hold any text, the marks' own included: it ends where its closing mark is followed by what
     can follow it, another parameter or `close`. It cannot hold the end of the call.
@@ -35,6 +36,7 @@ class XmlCalls:
     section: Section | None = None
     newlines: bool = False
     typing: Typing = TEXT
+    style: str = ""
 
     @property
     def begins(self) -> tuple[str, ...]:
@@ -56,12 +58,24 @@ class XmlCalls:
         if self.section is not None and src.text.startswith(self.section.open, src.at):
             yield from read_section(src, out, self.section, self.open, self.close, self._read_call)
         else:
-            yield from out.attempt(self._read_call, Ends((self.close,)), outside=self.section is not None)
+            outside = self.section is not None and not self.section.optional
+            yield from out.attempt(self._read_call, Ends((self.close,)), outside=outside)
 
     def rule(self, names: Sequence[str], schema_of: Callable[[str], Json]) -> Json | None:
         """See `Grammar`."""
-        del names, schema_of
-        return None
+        if not self.style:
+            return None
+        space = "\n" if self.newlines else ""
+        tags: list[Json] = [
+            {
+                "type": "tag",
+                "begin": f"{self.open}{name}{self.name_end}{space}",
+                "content": {**schema_of(name), "style": self.style},
+                "end": space + self.close,
+            }
+            for name in names
+        ]
+        return section_rule(self.section, tags, separator=space, space=space)
 
     def _read_call(self, src: Source, call: Call) -> Steps[None]:
         src.take_mark(self.open)
@@ -98,13 +112,8 @@ class XmlCalls:
     def _another(self, src: Source, call: Call) -> Steps[bool]:
         """Whether another parameter begins here, and not the end of the call."""
         yield from src.space()
-        found = yield from src.starts(self.key_open, self.close)
-        if found is None:
-            yield from src.peek()
-            rest = src.text[src.at :]
-            if self.key_open.startswith(rest) or self.close.startswith(rest):
-                yield from src.more()
-            raise Malformed(CallStatus.MALFORMED, f"something stands between the parameters of {call.name!r}")
+        error = f"something stands between the parameters of {call.name!r}"
+        found = yield from src.expect((self.key_open, self.close), Malformed(CallStatus.MALFORMED, error))
         return found == self.key_open
 
     def _read_key(self, src: Source) -> Steps[str]:
@@ -119,18 +128,14 @@ class XmlCalls:
         src.take_mark(self.key_end)
         if self.value_open:
             yield from src.space()
-            if (yield from src.starts(self.value_open)) is None:
-                yield from src.peek()
-                raise Malformed(CallStatus.MALFORMED, f"the parameter {key!r} has no value")
-            src.take_mark(self.value_open)
+            error = Malformed(CallStatus.MALFORMED, f"the parameter {key!r} has no value")
+            src.take_mark((yield from src.expect((self.value_open,), error)))
         return key
 
     def _read_value(self, src: Source, types: frozenset[str], say: Sink) -> Steps[None]:
         if self.kind_end:
-            kind = yield from src.starts(f"true{self.kind_end}", f"false{self.kind_end}")
-            if kind is None:
-                yield from src.peek()
-                raise Malformed(CallStatus.MALFORMED, "a parameter does not say whether it is a string")
+            error = Malformed(CallStatus.MALFORMED, "a parameter does not say whether it is a string")
+            kind = yield from src.expect((f"true{self.kind_end}", f"false{self.kind_end}"), error)
             src.take_mark(kind)
             types = frozenset({"string"}) if kind.startswith("true") else frozenset()
         if self.typing.is_text(types):
@@ -154,19 +159,19 @@ class XmlCalls:
             elif self.section is None or (yield from _is_followed(src, found, self.section.close, self.open)):
                 raise Malformed(CallStatus.MALFORMED, f"{self.value_end} is missing")
             sink(src.take_mark(found))
-        # All that followed was this value's: it is not read again, lest many such calls cost its square.
-        raise Malformed(CallStatus.UNCLOSED, "the completion ended inside a value", read=src.position)
+        yield from src.more()
 
 
 def _is_followed(src: Source, mark: str, *texts: str) -> Steps[bool]:
     """Whether one of `texts` stands behind the mark that stands here, with little space between."""
     while True:
         at = src.at + len(mark)
-        behind = src.text[skip(SPACE, src.text, at) :]
-        if any(behind.startswith(text) for text in texts):
+        behind = skip(SPACE, src.text, at)
+        if behind - at > _MAX_GAP:
+            return False
+        if src.text.startswith(texts, behind):
             return True
-        is_open = any(text.startswith(behind) for text in texts) and len(src.text) - at <= _MAX_GAP
-        if src.final or not is_open:
+        if src.final or not src.ends_inside(behind, texts):
             return False
         yield
 
