@@ -3,24 +3,34 @@
 Templates rewrite history by the kinds of messages that follow each other (a user message after reasoning),
 not by how many there are. An outline holds every kind of transition of its conversation, with stand-in texts;
 its length is bounded by the number of kinds, so asking the template costs the same at turn 3 and at turn 300.
+(A template that numbers what it renders, as Cohere's numbers the calls, needs every message to be counted.)
 """
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from tokentape.types import Message, ToolCall
 
 _KEPT_CHARS = 48
-_STAND_IN = "…stand-in…"  # no text that anyone sends: Mistral's template compares messages
+STAND_IN = "…stand-in…"
+"""No text that anyone sends: Mistral's template compares messages, and repeats earlier ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """`messages` are stand-ins; `kinds` are parallel to them."""
+    """`messages` are stand-ins; `kinds` are parallel to them.
+
+    So are `originals`: the system's messages as they are (templates repeat them), of all others the stand-in.
+    `whole` leaves no message out, for a template that numbers them: what was `added` to the `earlier` one.
+    """
 
     messages: tuple[Message, ...] = ()
     kinds: tuple[object, ...] = ()
+    originals: tuple[Message, ...] = ()
+    earlier: "Outline | None" = field(default=None, repr=False, compare=False)
+    added: tuple[tuple[Message, Message], ...] = field(default=(), repr=False, compare=False)
 
     def followed_by(self, new: Iterable[Message], content_tests: tuple[str, ...]) -> "Outline":
         """The outline of the conversation that goes on with `new`.
@@ -28,17 +38,34 @@ class Outline:
         `content_tests` are the texts that the template looks for in messages: they make a kind of their own,
         and survive in the stand-in.
         """
-        messages, kinds = list(self.messages), list(self.kinds)
+        messages, kinds, originals = list(self.messages), list(self.kinds), list(self.originals)
+        added: list[tuple[Message, Message]] = []
         for message in new:
             stand_in, kind = _stand_in(message, content_tests)
+            original = message if message.role == "system" else stand_in
             messages.append(stand_in)
             kinds.append(kind)
+            originals.append(original)
+            added.append((stand_in, original))
             for i in range(len(kinds) - 2, -1, -1):  # a round trip without a new transition is cut out
                 if kinds[i] == kind and _transitions(kinds[: i + 1]) == _transitions(kinds):
-                    del messages[i + 1 :], kinds[i + 1 :]
-                    messages[i] = stand_in  # the latest ids: a result that follows names its call
+                    # The latest takes its place: a result that follows names its call.
+                    messages[i:], kinds[i:], originals[i:] = messages[-1:], kinds[-1:], originals[-1:]
                     break
-        return Outline(tuple(messages), tuple(kinds))
+        return Outline(tuple(messages), tuple(kinds), tuple(originals), self, tuple(added))
+
+    @property
+    def whole(self) -> "Outline":
+        """Every message's stand-in; takes time in proportion to their number."""
+        parts: list[tuple[tuple[Message, Message], ...]] = []
+        outline = self
+        while outline.earlier is not None:
+            parts.append(outline.added)
+            outline = outline.earlier
+        pairs = [*zip(outline.messages, outline.originals, strict=True)]
+        pairs += [pair for added in reversed(parts) for pair in added]
+        messages, originals = tuple(m for m, _ in pairs), tuple(o for _, o in pairs)
+        return Outline(messages, tuple(range(len(pairs))), originals)
 
 
 def _transitions(kinds: list[object]) -> set[tuple[object, object]]:
@@ -51,15 +78,16 @@ def _stand_in(message: Message, content_tests: tuple[str, ...]) -> tuple[Message
     marks = tuple(test for test in content_tests if test in content)
     edges = tuple(content.startswith(test) * 1 + content.endswith(test) * 2 for test in marks)
     if marks and len(content) > 2 * _KEPT_CHARS:
-        content = f"{content[:_KEPT_CHARS]} {' '.join(marks)} {content[-_KEPT_CHARS:]}"
+        content = f"{content[:_KEPT_CHARS]} {STAND_IN} {' '.join(marks)} {content[-_KEPT_CHARS:]}"
     elif content and not marks:
-        content = _STAND_IN
+        content = STAND_IN
     stand_in = Message(
         role=message.role,
         content=content if message.content is not None else None,
-        reasoning="x" if message.reasoning else message.reasoning,
-        tool_calls=tuple(
-            ToolCall(id=c.id, name=c.name, arguments='{"a": "x"}') for c in message.tool_calls[:2]
+        reasoning=STAND_IN if message.reasoning else message.reasoning,
+        tool_calls=tuple(  # all of them: a template looks up each result's call
+            ToolCall(id=c.id, name=c.name, arguments=json.dumps({"a": STAND_IN}, ensure_ascii=False))
+            for c in message.tool_calls
         ),
         tool_call_id=message.tool_call_id,
         name=message.name,
@@ -71,7 +99,7 @@ def _stand_in(message: Message, content_tests: tuple[str, ...]) -> tuple[Message
         marks,
         edges,
         thought,
-        len(stand_in.tool_calls),
+        min(len(message.tool_calls), 2),
         bool(message.name),
     )
     return stand_in, kind

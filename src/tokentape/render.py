@@ -14,6 +14,7 @@ never sampled, mask 0.
 
 import json
 import logging
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from typing import Any, Literal
 from msgspec.structs import replace
 
 from tokentape.errors import ConfigError, TemplateRefused
-from tokentape.outline import Outline
+from tokentape.outline import STAND_IN, Outline
 from tokentape.template import PROBE_TOOL, ChatTemplate
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json, Message, TokenRun, ToolCall
@@ -108,6 +109,20 @@ class _Probe:
     def sentinels(self) -> list[str]:
         return [s for s in (self.reasoning, self.content, *self.calls) if s]
 
+    @property
+    def is_woven(self) -> bool:
+        """Whether new messages come between the turn's text and its calls."""
+        marks = [self.content, *self.calls]
+        if not self.calls or any(mark is None or mark not in self.followed for mark in marks):
+            return False
+        spans = {self._span(text, [mark for mark in marks if mark]) for text in (self.last, self.followed)}
+        return len(spans) > 1
+
+    @staticmethod
+    def _span(text: str, marks: list[str]) -> str:
+        places = [text.rfind(mark) for mark in marks]
+        return text[max(min(places), 0) : max(places)]
+
 
 @dataclass(frozen=True, slots=True)
 class _Seam:
@@ -135,6 +150,7 @@ class Renderer:
         self._tool_name = f"{self._sentinel}t"
         function = {**PROBE_TOOL["function"], "name": self._tool_name}
         self._tools: tuple[Json, ...] = ({**PROBE_TOOL, "function": function},)
+        self._counts = self._counts_rounds()
 
     @classmethod
     def from_dir(
@@ -186,22 +202,30 @@ class Renderer:
         Raises:
             RequestError: a tool call in `new` has arguments that the template cannot take.
         """
-        if (
-            ended.in_reasoning and not ended.message.reasoning
-        ):  # cut before its first word: a thought all the same
+        if ended.in_reasoning and not ended.message.reasoning:
+            # cut before its first word: a thought all the same
             ended = Ended(replace(ended.message, reasoning="x"), ended.stop_id, in_reasoning=True)
+        if self._counts:
+            outline = outline.whole
         # Harmony shows a call's name with its result: the names are untrusted text of the bridge, too.
         names: Json = {"role": "assistant", "names": [call.name for call in ended.message.tool_calls]}
         plain = [names, *(self.template.to_json(m) for m in new)]
         [arguments], dicts, marking = mark_untrusted(self.tokenizer, [dict(frame.arguments)], plain)
+        before = [self.template.to_json(m) for m in outline.messages]
         stand_in = Frame(self._tools if frame.tools else (), arguments)
-        seam = self._find_seam(stand_in, outline, ended, dicts)
-        if isinstance(seam, _Seam) and self._tool_name in seam.bridge:  # Mistral repeats tools with each user
+        seam = self._find_seam(stand_in, before, ended, dicts)
+        if isinstance(seam, _Seam) and (self._tool_name in seam.bridge or STAND_IN in seam.bridge):
+            # Mistral repeats tools and the system's text with each user: the real ones, then.
             context = [dict(frame.arguments), *frame.tools]
+            before = [self.template.to_json(m) for m in outline.originals]
+            plain = [*before, *plain]
             [arguments, *tools], dicts, marking = mark_untrusted(self.tokenizer, context, plain)
-            seam = self._find_seam(Frame(tuple(tools), arguments), outline, ended, dicts)
+            before, dicts = dicts[: len(before)], dicts[len(before) :]
+            seam = self._find_seam(Frame(tuple(tools), arguments), before, ended, dicts)
         if isinstance(seam, NotExtendable):
             return seam
+        if STAND_IN in seam.bridge:
+            return NotExtendable(Rewrite.HISTORY, "earlier messages are repeated behind the turn")
         return self._encode(seam.bridge, marking, after=seam.stop)
 
     def outline(self, outline: Outline, new: Sequence[Message]) -> Outline:
@@ -209,40 +233,49 @@ class Renderer:
         return outline.followed_by(new, self.template.content_tests)
 
     def _find_seam(
-        self, frame: Frame, outline: Outline, ended: Ended, marked: Sequence[Json]
+        self, frame: Frame, before: Sequence[Json], ended: Ended, marked: Sequence[Json]
     ) -> _Seam | NotExtendable:
         """The bridge's text, or why there is none. `marked` are the calls' names, then the new messages."""
         names, *new = marked
         named = zip(ended.message.tool_calls, names["names"], strict=True)
         calls = tuple(ToolCall(id=call.id, name=name, arguments=call.arguments) for call, name in named)
         try:
-            probe = self._probe(frame, outline, replace(ended.message, tool_calls=calls), new)
-            rewrite = None if self._preserve else self._rewrite(frame, outline, ended, probe)
+            probe = self._probe(frame, before, replace(ended.message, tool_calls=calls), new)
+            if self._preserve:
+                return self._seam(ended, probe)
+            seam = self._rewrite(frame, before, ended, probe) or self._seam(ended, probe)
+            if isinstance(seam, _Seam):
+                return self._misread(frame, before, ended.message, new, seam) or seam
         except TemplateRefused as error:
             return NotExtendable(Rewrite.REFUSED, str(error))
-        return rewrite or self._seam(ended, probe)
+        return seam
 
-    def _probe(self, frame: Frame, outline: Outline, message: Message, new: Sequence[Json]) -> _Probe:
+    def _probe(self, frame: Frame, before: Sequence[Json], message: Message, new: Sequence[Json]) -> _Probe:
         """Render the stand-in conversation, with a plainer turn where the template cannot show this one.
 
         Llama's template raises on parallel calls: what follows a turn with one call follows a turn with
-        several. SmolLM2's shows no calls at all: to keep such a turn, ask what follows a text.
+        several. Gemma 4's writes a turn's text behind the results of its calls: what follows the calls alone
+        follows them. SmolLM2's shows no calls at all: to keep such a turn, ask what follows a text.
         """
+        calls = message.tool_calls
         try:
-            probe = self._render_probe(frame, outline, message, message.tool_calls, new)
+            probe = self._render_probe(frame, before, message, calls, new)
         except TemplateRefused:
-            if len(message.tool_calls) < 2:
+            if len(calls) < 2:
                 raise
-            probe = self._render_probe(frame, outline, message, message.tool_calls[:1], new)
+            calls = calls[:1]
+            probe = self._render_probe(frame, before, message, calls, new)
+        if self._preserve and probe.is_woven:
+            probe = self._render_probe(frame, before, replace(message, content=None), calls, new)
         if self._preserve and not any(mark in probe.followed for mark in probe.sentinels):
             plain = Message(role="assistant", content="x", reasoning=message.reasoning)
-            return self._render_probe(frame, outline, plain, (), new)
+            return self._render_probe(frame, before, plain, (), new)
         return probe
 
     def _render_probe(
         self,
         frame: Frame,
-        outline: Outline,
+        before: Sequence[Json],
         message: Message,
         calls: tuple[ToolCall, ...],
         new: Sequence[Json],
@@ -262,7 +295,6 @@ class Renderer:
                 ),
             )
         )
-        before = [self.template.to_json(m) for m in outline.messages]
         render, tools = self.template.render, frame.tools
         return _Probe(
             prompt=render(before, tools, frame.arguments, add_generation_prompt=True),
@@ -273,11 +305,12 @@ class Renderer:
             calls=call_sentinels,
         )
 
-    def _rewrite(self, frame: Frame, outline: Outline, ended: Ended, probe: _Probe) -> NotExtendable | None:
+    def _rewrite(
+        self, frame: Frame, before: Sequence[Json], ended: Ended, probe: _Probe
+    ) -> NotExtendable | None:
         """What the template would change of what the model saw and sampled; None where nothing."""
         followed, prompt = probe.followed, probe.prompt
         if not followed.startswith(prompt):
-            before = [self.template.to_json(m) for m in outline.messages]
             closed = self.template.render(before, frame.tools, frame.arguments, add_generation_prompt=False)
             if followed.startswith(closed):
                 return NotExtendable(
@@ -296,6 +329,8 @@ class Renderer:
             )
         if any(mark not in followed for mark in probe.calls):
             return NotExtendable(Rewrite.TOOL_CALLS, "the turn's tool calls are not rendered")
+        if probe.is_woven:
+            return NotExtendable(Rewrite.CONTENT, "the turn's text moves behind what follows its calls")
         if ended.message.reasoning == "":  # an empty thought has no text: compare how the turn opens
             opening, opened = (
                 text[len(prompt) : min((text.index(m) for m in probe.sentinels if m in text), default=0)]
@@ -328,12 +363,15 @@ class Renderer:
             if not ends and tail.startswith(stop, len(closing)):  # it doubles as the next opener (GLM)
                 return _Seam(tail[len(closing) + len(stop) :], stop)
             other = self.tokenizer.control_pattern.match(tail, len(closing))
-            if stop in last_tail and other is not None:  # a last turn ends with it, an earlier one otherwise
+            # A last turn ends with it, an earlier one otherwise.
+            if not ends and stop in last_tail and other is not None:
                 if not self._preserve:
                     return NotExtendable(
                         Rewrite.END_OF_TURN, f"{stop} becomes {other[0]} once messages follow"
                     )
                 return _Seam(tail[other.end() :], stop)
+            if not self._preserve:
+                return NotExtendable(Rewrite.END_OF_TURN, f"the template does not end this turn with {stop}")
         # Cut by length or a stop string, or stopped by a token that this template does not write: close it.
         return _Seam(tail[ends[-1] if ends else len(closing) :], None)
 
@@ -348,15 +386,77 @@ class Renderer:
         return NotExtendable(Rewrite.REASONING, "the thought is not rendered once these messages follow")
 
     def _closing(self, tail: str, last_tail: str) -> str:
-        """How the template closes a turn: what both texts begin with, no control token torn."""
-        pairs = zip(tail, last_tail, strict=False)
-        end = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tail), len(last_tail)))
-        for text in (tail, last_tail):
+        """How the template closes a turn: what both texts begin with, no control token torn.
+
+        Some close a last turn with other whitespace (Nemotron Nano 2), or write more of its calls once it is
+        not the last (Apriel): then what both have from their first special token on.
+        """
+        closing = self._common(tail, last_tail)
+        first, last_first = self._first_special(tail), self._first_special(last_tail)
+        if first is None or last_first is None or first[0] != last_first[0] or first.end() <= len(closing):
+            return closing
+        return tail[: first.start()] + self._common(tail[first.start() :], last_tail[last_first.start() :])
+
+    def _first_special(self, text: str) -> re.Match[str] | None:
+        special = self.tokenizer.special_tokens
+        return next((m for m in self.tokenizer.control_pattern.finditer(text) if m[0] in special), None)
+
+    def _common(self, text: str, other: str) -> str:
+        """What both begin with, no control token torn."""
+        pairs = zip(text, other, strict=False)
+        end = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
+        for whole in (text, other):
             torn = (
-                m.start() for m in self.tokenizer.control_pattern.finditer(text) if m.start() < end < m.end()
+                m.start() for m in self.tokenizer.control_pattern.finditer(whole) if m.start() < end < m.end()
             )
             end = next(torn, end)
-        return tail[:end]
+        return text[:end]
+
+    def _misread(
+        self, frame: Frame, before: Sequence[Json], message: Message, new: Sequence[Json], seam: _Seam
+    ) -> NotExtendable | None:
+        """What the template makes of a turn that it may take for something else, rendered as it is.
+
+        It may write an empty turn without its opening (functionary), or look for a text that the turn holds.
+        """
+        texts = [text for text in (message.content, message.reasoning) if text]
+        is_empty = not texts and not message.tool_calls
+        if not is_empty and not any(test in text for test in self.template.content_tests for text in texts):
+            return None
+        calls = tuple(ToolCall(id=call.id, name=call.name, arguments="{}") for call in message.tool_calls)
+        turn = self.template.to_json(replace(message, tool_calls=calls))
+        prompt = self.template.render(before, frame.tools, frame.arguments, add_generation_prompt=True)
+        whole = self.template.render(
+            [*before, turn, *new], frame.tools, frame.arguments, add_generation_prompt=True
+        )
+        if not whole.startswith(prompt):
+            return NotExtendable(Rewrite.GENERATION_PROMPT, "the turn no longer starts as its prompt ended")
+        end = (seam.stop or "") + seam.bridge
+        shown = whole[len(prompt) : len(whole) - len(end)]
+        if not whole[len(prompt) :].endswith(end) or any(text.strip() not in shown for text in texts):
+            return NotExtendable(Rewrite.CONTENT, "the template takes the turn's text for something else")
+        return None
+
+    def _counts_rounds(self) -> bool:
+        """Whether what follows a turn hangs on how many came before: Cohere's template numbers the calls."""
+        call = ToolCall(id="probe0001", name=self._tool_name, arguments=json.dumps({"a": self._sentinel}))
+        result = Message(role="tool", content="r", tool_call_id=call.id)
+        user = Message(role="user", content="u")
+        with_calls = [Message(role="assistant", tool_calls=(call,)), result]
+        with_text = [Message(role="assistant", content=self._sentinel), user]
+        return any(
+            self._bridge_after(user, rounds * 2) != self._bridge_after(user, rounds * 3)
+            for rounds in (with_calls, with_text)
+        )
+
+    def _bridge_after(self, user: Message, rounds: Sequence[Message]) -> str | None:
+        """What a template writes behind the last of some equal rounds."""
+        messages = [self.template.to_json(m) for m in (user, *rounds)]
+        try:
+            text = self.template.render(messages, self._tools, {}, add_generation_prompt=True)
+        except TemplateRefused:
+            return None
+        return text.rpartition(self._sentinel)[2]
 
     def _encode(self, text: str, marking: Marking, *, after: str | None) -> Rendered:
         """Encode text that stands after the control token `after`.

@@ -19,7 +19,7 @@ from tokentape.types import Json, Message, ToolCall
 
 def everything(messages: Sequence[Message]) -> Outline:
     """The whole conversation in the outline's place."""
-    return Outline(tuple(messages), tuple(range(len(messages))))
+    return Outline(tuple(messages), tuple(range(len(messages))), tuple(messages))
 
 
 def turn(rng: random.Random, number: int) -> list[Message]:
