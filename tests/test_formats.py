@@ -286,6 +286,14 @@ def test_rows_from_a_file(tmp_path: Path) -> None:
     assert [(call.name, json.loads(call.arguments)) for call in result.tool_calls] == [("f", {"a": 1})]
 
 
+def test_the_page_s_example(tmp_path: Path) -> None:
+    page = Path(__file__).parents[1] / "docs" / "formats.md"
+    path = tmp_path / "acme.toml"
+    path.write_text(page.read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0])
+    tags = ThinkTags("<thought>", "</thought>")
+    assert read_formats(path) == (Format("acme", (NamedCalls("<acme>", ":", "</acme>"),), tags, ("<acme>",)),)
+
+
 def test_own_rows_come_first_and_are_found_by_the_template() -> None:
     own = Format("own", (JsonCalls("<tool_call>", "</tool_call>", separator=""),), ThinkTags("<t>", "</t>"))
     acme = Format("acme", (NamedCalls("CALL ", " WITH "),))

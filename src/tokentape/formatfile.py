@@ -28,7 +28,7 @@ _APART = ("open", "key_open", "value_end", "close")  # marks of a grammar that m
 
 
 def read_formats(path: Path) -> tuple[Format, ...]:
-    """The rows of a TOML file, one `[[format]]` each; see docs/parsing.md.
+    """The rows of a TOML file, one `[[format]]` each; see docs/formats.md.
 
     Raises:
         ConfigError: it cannot be read, or a row is not right; it says what to change.
