@@ -10,7 +10,7 @@ import msgspec
 
 from tokentape.parse.events import CallStatus
 from tokentape.parse.grammar import Call, Ends, Section, Writer, read_section, section_rule
-from tokentape.parse.jsonscan import broken, read_string, scan_value
+from tokentape.parse.jsonscan import broken, is_readable, read_string, scan_value
 from tokentape.parse.source import Malformed, NotACall, Sink, Source, Steps, marks
 from tokentape.types import Json
 
@@ -105,7 +105,7 @@ class JsonCalls:
         def read(src: Source, call: Call) -> Steps[None]:
             return _read_object(src, call, bare=not tagged)
 
-        while (yield from out.attempt(read, Ends((), (self.separator,)))):
+        while (yield from out.attempt(read, Ends(before=(self.separator, self.open)))):
             out.glue((yield from src.space()))
             if (yield from src.starts(self.separator)) is None:
                 break
@@ -123,7 +123,7 @@ class JsonCalls:
         while mark in ("[", ","):
             out.glue(src.take_mark(mark))
             out.glue((yield from src.space()))
-            yield from out.attempt(_read_item, Ends())
+            yield from out.attempt(_read_item, Ends(before=(self.list_open, self.list_close)))
             out.glue((yield from src.space()))
             mark = yield from src.starts(",", "]")
         if mark == "]":
@@ -246,11 +246,13 @@ _NUMBERED = re.compile(r"(?:functions\.)?(.+):\d+", re.DOTALL)
 
 
 def check_json(text: str) -> None:
-    """Check that a text is JSON.
+    """Check that a text is JSON that Python reads.
 
     Raises:
         Malformed: it is not.
     """
+    if not is_readable(text):
+        raise broken("a number is too long")
     try:
         _check(text.encode("utf-8", "surrogatepass"))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -355,6 +357,7 @@ def _settle(call: Call, text: str, *, bare: bool) -> None:
     if not arguments.startswith("{"):
         what = _JSON_TYPES.get(arguments[0], "a number")
         raise Malformed(CallStatus.BAD_ARGUMENTS, f"the call's arguments are {what}, not an object")
+    check_json(arguments)
     call.arguments = arguments
     call.id = body.id if isinstance(body.id, str) else None
     if bare and (call.name is None or raw is msgspec.UNSET):

@@ -14,6 +14,11 @@ from tokentape.parse.source import Malformed, Sink, Source, Steps, skip
 MAX_DEPTH = 256
 """Brackets that a call's JSON may nest: fixed, lest the verdict depend on the interpreter's stack."""
 
+MAX_DIGITS = 4300
+"""Digits that a number may have: more of them Python's own JSON does not read."""
+
+_LONG_NUMBER = re.compile(rf"(?<!\d)\d{{{MAX_DIGITS + 1}}}")
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]|\d++', re.DOTALL)
 # Outside its strings, JSON has no characters but these and the brackets. Whole strings are skipped in one go.
 _PLAIN = re.compile(
     r"""[ \t\r\n,:0-9+\-.eEtrufalsn]*+
@@ -29,6 +34,19 @@ decode_string = msgspec.json.Decoder(str).decode
 def broken(why: str) -> Malformed:
     """That the text is not JSON, and why."""
     return Malformed(CallStatus.INVALID_JSON, f"the call is not JSON: {why}")
+
+
+def is_readable(text: str) -> bool:
+    """Whether Python reads this JSON: it does not nest too deep, and has no number that is too long."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH and not _LONG_NUMBER.search(text):
+        return True
+    depth = 0
+    for found in _TOKEN.finditer(text):
+        first = found[0][0]
+        depth += (first in "[{") - (first in "]}")
+        if depth > MAX_DEPTH or (first.isdigit() and len(found[0]) > MAX_DIGITS):
+            return False
+    return True
 
 
 def scan_value(src: Source, sink: Sink) -> Steps[None]:

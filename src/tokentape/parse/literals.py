@@ -11,15 +11,18 @@ from tokentape.parse.jsonscan import MAX_DEPTH
 
 _SPACE = re.compile(r"\s*+")
 _STRING = re.compile(
-    r"""[rRuU]?(?:'''(?:[^\\]|\\.)*?'''|\"\"\"(?:[^\\]|\\.)*?\"\"\"
-    |'[^'\\\n]*+(?:\\.[^'\\\n]*+)*+'|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+")""",
+    r"""[rRuU]?(?:'''[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+'''
+    |\"\"\"[^"\\]*+(?:(?:\\.|"(?!\"\"))[^"\\]*+)*+\"\"\"
+    |'(?!'')[^'\\\n]*+(?:\\.[^'\\\n]*+)*+'|"(?!\"\")[^"\\\n]*+(?:\\.[^"\\\n]*+)*+")""",
     re.DOTALL | re.VERBOSE,
 )
 _NUMBER = re.compile(r"[+-]?(?:0[xX][0-9a-fA-F]+|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)(?!\w)")
 _WORD = re.compile(r"[A-Za-z]++")
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{1,3}|\n|.)", re.DOTALL)
-_ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\n": ""}
+_ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\n": ""} | {
+    char: char for char in "\\'\""
+}
 _JSON_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 
@@ -47,8 +50,12 @@ def _value(text: str, at: int, depth: int) -> tuple[str, int]:
         return _sequence(text, at + 1, "]" if text[at] == "[" else ")", depth)
     if text.startswith("{", at):
         return _mapping(text, at + 1, depth)
-    if found := _STRING.match(text, at):
-        return json.dumps(_string(found[0]), ensure_ascii=False), found.end()
+    parts: list[str] = []
+    while found := _STRING.match(text, at):  # strings side by side are one
+        parts.append(_string(found[0]))
+        at = _space(text, found.end())
+    if parts:
+        return json.dumps("".join(parts), ensure_ascii=False), at
     if found := _NUMBER.match(text, at):
         return _number(found[0]), found.end()
     found = _WORD.match(text, at)
@@ -110,13 +117,14 @@ def _string(literal: str) -> str:
 
 def _unescape(found: re.Match[str]) -> str:
     escape = found[1]
+    known = _ESCAPES.get(escape)
+    if known is not None:
+        return known
     if escape[0] in "xuU" and len(escape) > 1:
         return chr(int(escape[1:], 16))  # beyond U+10FFFF: ValueError, as for Python
     if escape[0] in "01234567":
         return chr(int(escape, 8))
-    if escape in _ESCAPES:
-        return _ESCAPES[escape]
-    return escape if escape in "\\'\"" else found[0]
+    return found[0]
 
 
 def _number(text: str) -> str:

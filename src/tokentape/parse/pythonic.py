@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tokentape.parse import literals
 from tokentape.parse.events import CallStatus
 from tokentape.parse.grammar import Call, Ends, Writer
+from tokentape.parse.jsonscan import is_readable
 from tokentape.parse.source import Malformed, NotACall, Sink, Source, Steps, skip
 from tokentape.parse.values import quote
 from tokentape.types import Json
@@ -15,7 +16,9 @@ _NAME = re.compile(r"[A-Za-z_][\w.\-]*+")
 _BARE = re.compile(r"[^'\"()\[\]{},]++")
 _IN_BRACKETS = re.compile(r"[^'\"()\[\]{}]++")
 _QUOTES = ("'''", '"""', "'", '"')
-_IN_QUOTES = {quote: re.compile(rf"[^\\{quote[0]}]++") for quote in _QUOTES}
+_IN_QUOTES = {
+    quote: re.compile(rf"[^\\{quote[0]}]*+(?:\\.[^\\{quote[0]}]*+)*+", re.DOTALL) for quote in _QUOTES
+}
 _MAX_NAME = 256
 
 
@@ -128,9 +131,12 @@ def _read_call(src: Source, call: Call) -> Steps[None]:
         value: list[str] = []
         yield from _scan_value(src, value.append)
         try:
-            say(literals.to_json("".join(value)))
+            found = literals.to_json("".join(value))
         except ValueError as error:
             raise Malformed(CallStatus.BAD_ARGUMENTS, f"the argument {key!r}: {error}") from None
+        if not is_readable(found):
+            raise Malformed(CallStatus.BAD_ARGUMENTS, f"the argument {key!r}: a number is too long")
+        say(found)
     src.take_mark(")")
     say("}")
     call.arguments = "".join(parts)
@@ -184,10 +190,8 @@ def _scan_string(src: Source, sink: Sink) -> Steps[None]:
         sink(src.take(skip(_IN_QUOTES[mark], src.text, src.at)))
         while src.ends_inside(src.at, ("\\?", mark)):
             yield from src.more(opened)
-        if src.text[src.at] == "\\":
-            sink(src.take(src.at + 2))
-            continue
         if src.text.startswith(mark, src.at):
             sink(src.take_mark(mark))
             return
-        sink(src.take(src.at + 1))
+        if src.text[src.at] == mark[0]:
+            sink(src.take(src.at + 1))

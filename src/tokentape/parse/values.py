@@ -12,6 +12,7 @@ from typing import Any, cast
 import msgspec
 
 from tokentape.parse import literals
+from tokentape.parse.jsonscan import is_readable
 from tokentape.types import Json
 
 _MAX_REFS = 8
@@ -75,14 +76,16 @@ def types_of(root: Json, name: str) -> frozenset[str]:
 
 def _read(text: str, types: frozenset[str]) -> tuple[str, Any] | None:
     """The text as JSON, and its value; None where it is neither JSON nor Python's literal."""
+    if not is_readable(text):
+        return None
     try:
         return text, _decode(text.encode("utf-8", "surrogatepass"))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
         pass  # not JSON
     if not types or "string" in types or len(text) > _MAX_LITERAL:
         return None
     found = _as_literal(text, types) or _as_escaped(text, types)
-    return None if found is None else (found, json.loads(found))
+    return (found, json.loads(found)) if found is not None and is_readable(found) else None
 
 
 def _as_literal(text: str, types: frozenset[str]) -> str | None:
@@ -100,8 +103,8 @@ def _as_escaped(text: str, types: frozenset[str]) -> str | None:
         return None
     try:
         found = json.loads(f'"{text}"')
-        return found if isinstance(json.loads(found), dict | list) else None
-    except (ValueError, RecursionError):
+        return found if is_readable(found) and isinstance(json.loads(found), dict | list) else None
+    except ValueError:
         return None
 
 
