@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import uvloop
+from rich.console import Console
 
 from tokentape import __version__
+from tokentape.audit import audit as audit_model
+from tokentape.audit.show import tables
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError, TokentapeError
 from tokentape.export import stored_samples, write_parquet
@@ -20,7 +24,7 @@ from tokentape.formatfile import read_formats
 from tokentape.formats import FORMATS
 from tokentape.gateway.parts import GatewayConfig
 from tokentape.gateway.service import ServiceConfig, running
-from tokentape.model import TINY_MODEL
+from tokentape.model import TINY_MODEL, model_directory
 from tokentape.store import SQLiteStore
 from tokentape.volatile import RULES as VOLATILE
 
@@ -42,7 +46,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except TokentapeError as error:
-            click.echo(f"tokentape: {error}", err=True)
+            click.echo(f"tokentape: {' '.join(str(error).split())}", err=True)
             ctx.exit(2)
         except OSError as error:  # an address in use, a directory that cannot be written
             click.echo(f"tokentape: {error}", err=True)
@@ -124,7 +128,14 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
     "formats",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="TOML file of formats of your own, tried before the others; see docs/parsing.md.",
+    help="TOML file of formats of your own, tried before the others; see docs/formats.md.",
+)
+@click.option(
+    "--template-arg",
+    "template_args",
+    multiple=True,
+    metavar="KEY=JSON",
+    help="Template argument of requests that do not say otherwise, as clear_thinking=false; may be repeated.",
 )
 @click.option(
     "--history",
@@ -209,6 +220,7 @@ def serve(
     tool_format: str,
     reasoning_format: str,
     formats: Path | None,
+    template_args: Sequence[str],
     history: Any,
     volatile: Sequence[str],
     auto_sessions: bool,
@@ -256,6 +268,7 @@ def serve(
         tool_format=tool_format,
         reasoning_format=reasoning_format,
         formats=() if formats is None else read_formats(formats),
+        template_arguments=dict(map(_template_argument, template_args)),
         history=history,
         volatile=tuple(rule for rule in volatile if rule != "none"),
         auto_sessions=auto_sessions,
@@ -336,6 +349,87 @@ def export(store: Path, out: Path, session_ids: Sequence[str]) -> None:
 
     num_rows = uvloop.run(run())
     click.echo(f"{num_rows} samples in {out}")
+
+
+@main.command()
+@click.option("--model", required=True, help="Model directory or hub id: tokenizer and chat template.")
+@click.option(
+    "--history",
+    type=click.Choice(["template", "preserve"]),
+    default="template",
+    show_default=True,
+    help="What `serve` would be given: branch where the template rewrites, or preserve what was sampled.",
+)
+@click.option(
+    "--tool-format",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help=f"How the model writes tool calls: auto asks the template; else one of {_TOOL_FORMATS}, plain.",
+)
+@click.option(
+    "--reasoning-format",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help=f"How the model writes reasoning: auto reads the template; else one of {_REASONING_FORMATS}, plain.",
+)
+@click.option(
+    "--formats",
+    "formats",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="TOML file of formats of your own, tried before the others; see docs/formats.md.",
+)
+@click.option(
+    "--template-arg",
+    "template_args",
+    multiple=True,
+    metavar="KEY=JSON",
+    help="A template argument that every request will have, as enable_thinking=false; may be repeated.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object instead of tables; see docs/models.md."
+)
+def audit(
+    model: str,
+    history: Any,
+    tool_format: str,
+    reasoning_format: str,
+    formats: Path | None,
+    template_args: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Say before a run where this chat template lets a turn be extended, and where not.
+
+    Exit code 0: multi-turn tool use is exact. 1: it is not; the report says why and what to do. 2: the model
+    or an option is wrong.
+    """
+    report = audit_model(
+        model_directory(model),
+        model=model,
+        history=history,
+        tool_format=tool_format,
+        reasoning_format=reasoning_format,
+        formats=() if formats is None else read_formats(formats),
+        arguments=dict(map(_template_argument, template_args)),
+    )
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+    else:
+        Console().print(tables(report))
+    if not report.exact:
+        sys.exit(1)
+
+
+def _template_argument(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, msgspec.json.decode(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"--template-arg {text}: give KEY=JSON, as enable_thinking=false or mode='\"fast\"' ({error})"
+        ) from error
 
 
 def _log_to_stderr(level: str) -> None:

@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "render": TEXT,
     "formats": {*CORE, "parse", "template"},
     "formatfile": {*CORE, "formats", "parse"},
+    "audit": {*TEXT, "audit", "formatfile", "formats", "model", "parse", "render"},
     "volatile": CORE,
     "tape": {*CORE, "volatile"},
     "labels": {*CORE, "tape"},
@@ -41,7 +42,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
-        *CORE, "demo", "engines", "export", "formatfile", "formats", "gateway", "model", "store", "volatile", "",
+        *CORE, "audit", "demo", "engines", "export", "formatfile", "formats", "gateway", "model", "store",
+        "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {*CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "tape"},
@@ -60,7 +62,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "sqlite3": ("store",),
     "jinja2": ("template",),
     "pyarrow": ("schema", "export", "cli", "demo"),
-    "rich": ("cli", "demo"),
+    "rich": ("audit.show", "cli", "demo"),
     "click": ("cli",),
 }
 PURE = ("types", "errors", "outline", "tape", "labels", "volatile", "tree", "parse", "invariants")
