@@ -5,6 +5,7 @@ import json
 import pytest
 from parsekit import PLAIN, SURROGATE, THINK, A, Setting, call, calls_of, check_every_cut, parse
 
+from tokentape.formats import FORMATS
 from tokentape.parse import CallStatus
 from tokentape.parse.jsonscan import MAX_DEPTH
 
@@ -208,3 +209,29 @@ def test_without_tools_a_call_is_content() -> None:
     for syntax in (THINK, PLAIN):
         assert parse(text, syntax=syntax).content == text
         assert parse(text, syntax=syntax).attempts == ()
+
+
+@pytest.mark.parametrize(
+    ("syntax", "text", "ids"),
+    [
+        ("mistral", '[TOOL_CALLS]f[CALL_ID]abc12DEF3[ARGS]{"a": 1}', ["abc12DEF3"]),
+        ("mistral", '[TOOL_CALLS]f[CALL_ID]abc[ARGS]{"a": 1}', ["call_0"]),
+        ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "abc12DEF3"}]', ["abc12DEF3"]),
+        ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "weather:0"}]', ["call_0"]),
+        ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": 1}]', ["call_0"]),
+        (
+            "mistral",
+            "[TOOL_CALLS]f[CALL_ID]abc12DEF3[ARGS]{}[TOOL_CALLS]f[CALL_ID]abc12DEF3[ARGS]{}",
+            ["abc12DEF3", "call_0"],  # no two calls of a turn have one id
+        ),
+        (
+            "kimi-k2",
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>{}"
+            "<|tool_call_end|><|tool_calls_section_end|>",
+            ["functions.f:3"],
+        ),
+    ],
+)
+def test_an_id_that_the_model_wrote_is_the_call_s(syntax: str, text: str, ids: list[str]) -> None:
+    row = next(row for row in FORMATS if row.name == syntax)
+    assert [call.id for call in parse(text, syntax=row.syntax).tool_calls] == ids

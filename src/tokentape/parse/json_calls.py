@@ -228,7 +228,7 @@ class NamedCalls:
             src.take_mark(self.id_begin)
             parts.clear()
             found = yield from src.until(marks(name_end, self.open, "{"), parts.append)
-            call.id = "".join(parts).strip() or None
+            call.id = _sampled_id("".join(parts).strip())
         if found is None:
             yield from src.more()
         if found != name_end:
@@ -242,7 +242,13 @@ class NamedCalls:
         src.take_mark(name_end)
 
 
+_ID = re.compile(r"[A-Za-z0-9]{9}")
 _NUMBERED = re.compile(r"(?:functions\.)?(.+):\d+", re.DOTALL)
+
+
+def _sampled_id(value: object) -> str | None:
+    """An id that the model gave a call, if it is one that Mistral's templates take back."""
+    return value if isinstance(value, str) and _ID.fullmatch(value) else None
 
 
 def check_json(text: str) -> None:
@@ -359,7 +365,7 @@ def _settle(call: Call, text: str, *, bare: bool) -> None:
         raise Malformed(CallStatus.BAD_ARGUMENTS, f"the call's arguments are {what}, not an object")
     check_json(arguments)
     call.arguments = arguments
-    call.id = body.id if isinstance(body.id, str) else None
+    call.id = _sampled_id(body.id)
     if bare and (call.name is None or raw is msgspec.UNSET):
         raise NotACall
     if call.name is None:
