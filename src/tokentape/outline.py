@@ -42,14 +42,17 @@ class Outline:
         added: list[tuple[Message, Message]] = []
         for message in new:
             stand_in, kind = _stand_in(message, content_tests)
+            if message.role == "tool":
+                kind = (kind, _answers_last_call(messages))
             original = message if message.role == "system" else stand_in
             messages.append(stand_in)
             kinds.append(kind)
             originals.append(original)
             added.append((stand_in, original))
-            for i in range(len(kinds) - 2, -1, -1):  # a round trip without a new transition is cut out
+            # A round trip without a new transition is cut out; never between a turn and its results, which a
+            # template looks up (Gemma 4) or counts (DeepSeek V3.2).
+            for i in range(-1 if message.role == "tool" else len(kinds) - 2, -1, -1):
                 if kinds[i] == kind and _transitions(kinds[: i + 1]) == _transitions(kinds):
-                    # The latest takes its place: a result that follows names its call.
                     messages[i:], kinds[i:], originals[i:] = messages[-1:], kinds[-1:], originals[-1:]
                     break
         return Outline(tuple(messages), tuple(kinds), tuple(originals), self, tuple(added))
@@ -66,6 +69,12 @@ class Outline:
         pairs += [pair for added in reversed(parts) for pair in added]
         messages, originals = tuple(m for m, _ in pairs), tuple(o for _, o in pairs)
         return Outline(messages, tuple(range(len(pairs))), originals)
+
+
+def _answers_last_call(messages: list[Message]) -> bool:
+    """Whether a result behind these messages is the last that its turn's calls wait for."""
+    turn = next((i for i in range(len(messages) - 1, -1, -1) if messages[i].role != "tool"), -1)
+    return turn >= 0 and len(messages) - turn == len(messages[turn].tool_calls)
 
 
 def _transitions(kinds: list[object]) -> set[tuple[object, object]]:

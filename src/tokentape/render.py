@@ -112,16 +112,16 @@ class _Probe:
     @property
     def is_woven(self) -> bool:
         """Whether new messages come between the turn's text and its calls."""
-        marks = [self.content, *self.calls]
-        if not self.calls or any(mark is None or mark not in self.followed for mark in marks):
+        content, calls = self.content, self.calls
+        if not content or not calls or any(mark not in self.followed for mark in (content, *calls)):
             return False
-        spans = {self._span(text, [mark for mark in marks if mark]) for text in (self.last, self.followed)}
-        return len(spans) > 1
+        return self._between(self.last, content, calls) != self._between(self.followed, content, calls)
 
     @staticmethod
-    def _span(text: str, marks: list[str]) -> str:
-        places = [text.rfind(mark) for mark in marks]
-        return text[max(min(places), 0) : max(places)]
+    def _between(text: str, content: str, calls: Sequence[str]) -> tuple[bool, str]:
+        """Whether the text comes first, and what stands between it and the next call."""
+        at, first, last = text.rfind(content), text.rfind(calls[0]), text.rfind(calls[-1])
+        return (True, text[at:first]) if at < first else (False, text[last:at])
 
 
 @dataclass(frozen=True, slots=True)
