@@ -58,6 +58,10 @@ NULLS = Typing(nulls=("null", "none"))
         (NULLS, ["integer"], " NULL ", None),
         (NULLS, ["string"], "nothing", "nothing"),
         (TEXT, ["integer"], "", ""),
+        (JSON, [], "[" * 257 + "]" * 257, "[" * 257 + "]" * 257),
+        (JSON, [], '["' + "[" * 999 + '"]', ["[" * 999]),
+        (JSON, [], "7" * 4301, "7" * 4301),
+        (JSON, [], f'["{"7" * 4301}"]', ["7" * 4301]),
     ],
 )
 def test_a_value_is_typed(typing: Typing, types: list[str], text: str, value: Any) -> None:
