@@ -446,7 +446,7 @@ class Renderer:
         with_text = [Message(role="assistant", content=self._sentinel), user]
         return any(
             self._bridge_after(user, rounds * 2) != self._bridge_after(user, rounds * 3)
-            for rounds in (with_calls, with_text)
+            for rounds in (with_calls, with_text, [*with_calls, *with_text])
         )
 
     def _bridge_after(self, user: Message, rounds: Sequence[Message]) -> str | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from render_golden import Models
+from render_golden import Models, Shipped
 
 from tokentape.render import Renderer
 from tokentape.testing import write_model_dir
@@ -12,6 +12,11 @@ from tokentape.testing import write_model_dir
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("stand-in"))
+
+
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
+    return Shipped(tmp_path_factory.mktemp("shipped"))
 
 
 @pytest.fixture(scope="session")

