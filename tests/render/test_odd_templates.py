@@ -133,6 +133,22 @@ def test_each_result_s_call_is_looked_up(tokenizer: Tokenizer) -> None:
     assert_exact(renderer, before, turn, results(turn))
 
 
+def test_each_call_s_result_is_counted(tokenizer: Tokenizer) -> None:
+    """DeepSeek V3.2 knows by their number which result is a turn's last."""
+    counts = source(
+        head="{%- set ns = namespace(open=0) %}{%- for m in messages %}{%- if m.role == 'tool' %}"
+        "{%- set ns.open = ns.open - 1 %}{%- else %}"
+        "{%- if ns.open %}{{ raise_exception('a result is missing') }}{%- endif %}"
+        "{%- set ns.open = (m.tool_calls or []) | length %}{%- endif %}{%- endfor %}"
+    )
+    renderer = Renderer(tokenizer, ChatTemplate(counts, {}))
+    before = [SYSTEM, USER]
+    for number in range(4):
+        turn = says(None, '{"a": 1}', '{"b": 1}', '{"c": 1}', number=number)
+        before += [turn, *results(turn)]
+        assert_exact(renderer, before, says("Well."), [MORE])
+
+
 def test_the_system_s_text_is_repeated_with_each_user(tokenizer: Tokenizer) -> None:
     repeats = source(user="{{ messages[0].content if messages[0].role == 'system' else '' }}")
     renderer = Renderer(tokenizer, ChatTemplate(repeats, {}))
