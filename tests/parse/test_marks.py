@@ -48,3 +48,13 @@ def test_what_is_no_call_stays_text(row: str, text: str) -> None:
     result = parse(f"{text} So.", syntax=ROW[row])
     assert (result.content, result.tool_calls, result.status) == (f"{text} So.", (), "malformed")
     assert all(attempt.error for attempt in result.attempts)
+
+
+def test_a_call_in_a_thought_channel_is_told_and_not_delivered() -> None:
+    text = '<|channel|>analysis to=functions.f<|message|>{"a": 1}<|end|>'
+    text += "<|start|>assistant<|channel|>final<|message|>So."
+    result = parse(text, syntax=ROW["gpt-oss"])
+    assert (result.reasoning, result.content, result.tool_calls) == ('{"a": 1}', "So.", ())
+    assert result.status == "in_reasoning"
+    [attempt] = result.attempts
+    assert (attempt.name, text[attempt.start : attempt.end]) == ("f", '{"a": 1}')

@@ -74,6 +74,10 @@ class Writer(Protocol):
         """The thought was closed."""
         ...
 
+    def called_in_thought(self, start: int, name: str) -> None:
+        """Record a call that was a thought: it stands between position `start` and here."""
+        ...
+
     def markup(self, text: str) -> None:
         """Pass over a tag."""
         ...

@@ -54,7 +54,7 @@ class Harmony:
     def read(self, src: Source, out: Writer) -> Steps[None]:
         """Read one message, its header first."""
         src.keep()
-        header: list[str] = []
+        header = list[str]()
         found = yield from src.until(marks(MESSAGE, *_ENDS), header.append)
         text = "".join(header)
         recipient, channel = _RECIPIENT.search(text), _CHANNEL.search(text)
@@ -69,9 +69,12 @@ class Harmony:
             out.text(text + src.take_mark(found or ""))
             return
         out.markup(text + src.take_mark(MESSAGE))
+        start = src.position
         if is_thought:
             out.begin_thought()
         found = yield from src.until(marks(*_ENDS, START), out.thought if is_thought else out.text)
+        if is_thought and recipient and recipient[1] != "assistant" and src.position > start:
+            out.called_in_thought(start, _name_of(recipient))
         if is_thought and found is not None:
             out.end_thought()
         if found in _ENDS:
@@ -85,6 +88,10 @@ class Harmony:
             yield from self.read(src, out)
 
 
+def _name_of(recipient: re.Match[str]) -> str:
+    return recipient[1].removeprefix("functions.")
+
+
 def _read_call(src: Source, call: Call) -> Steps[None]:
     header: list[str] = []
     found = yield from src.until(marks(MESSAGE, *_ENDS), header.append)
@@ -93,7 +100,7 @@ def _read_call(src: Source, call: Call) -> Steps[None]:
         yield from src.more()
     if recipient is None:
         raise Malformed(CallStatus.NO_NAME, "the call has no recipient")
-    call.read_name(recipient[1].removeprefix("functions."))
+    call.read_name(_name_of(recipient))
     if found != MESSAGE:
         raise Malformed(CallStatus.MALFORMED, f"{found} stands where the message must begin")
     src.take_mark(MESSAGE)

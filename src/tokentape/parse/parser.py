@@ -26,6 +26,7 @@ from tokentape.types import Json, ToolCall
 
 _SPACE_CHARS = " \t\r\n"
 _NOT_OFFERED = "a tool call where none was asked for"
+_IN_REASONING = "a tool call inside the reasoning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,7 @@ class Parser:
         parser.feed(text)
         for attempt in parser.finish()[1].attempts:
             span = (self._thoughts_from + attempt.start, self._thoughts_from + attempt.end)
-            error = (attempt.error or "").replace(_NOT_OFFERED, "a tool call inside the reasoning")
+            error = (attempt.error or "").replace(_NOT_OFFERED, _IN_REASONING)
             status = CallStatus.IN_REASONING
             found.append(CallAttempt(*span, status, attempt.name, attempt.arguments, error))
         return found
@@ -254,6 +255,11 @@ class Parser:
     def end_thought(self) -> None:
         """The thought was closed."""
         self._reasoning_closed = True
+
+    def called_in_thought(self, start: int, name: str) -> None:
+        """Record a call that was a thought: it stands between position `start` and here."""
+        status, end = CallStatus.IN_REASONING, self._src.position
+        self._attempts.append(CallAttempt(start, end, status, name, None, _IN_REASONING))
 
     def markup(self, text: str) -> None:
         """Pass over a tag."""
