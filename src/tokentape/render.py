@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from tokentape.errors import ConfigError, TemplateRefused
 from tokentape.outline import STAND_IN, Outline
-from tokentape.template import PROBE_TOOL, ChatTemplate
+from tokentape.template import PROBE_TOOL, ChatTemplate, one_moment
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json, Message, TokenRun, ToolCall
 from tokentape.untrusted import Marking, mark_untrusted
@@ -191,6 +191,7 @@ class Renderer:
             raise TemplateRefused("the model's chat template renders this conversation as nothing")
         return self._encode(text, marking, after=None)
 
+    @one_moment()
     def extend(
         self, frame: Frame, outline: Outline, ended: Ended, new: Sequence[Message]
     ) -> Rendered | NotExtendable:
@@ -224,7 +225,7 @@ class Renderer:
             seam = self._find_seam(Frame(tuple(tools), arguments), before, ended, dicts)
         if isinstance(seam, NotExtendable):
             return seam
-        if STAND_IN in seam.bridge:
+        if STAND_IN in seam.bridge and not any(STAND_IN in (m.content or "") for m in new):
             return NotExtendable(Rewrite.HISTORY, "earlier messages are repeated behind the turn")
         return self._encode(seam.bridge, marking, after=seam.stop)
 

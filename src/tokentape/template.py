@@ -4,7 +4,9 @@ Templates come with model repositories: untrusted code. They run in Jinja's immu
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +30,9 @@ class ChatTemplate:
     `arguments_as_text`: tool-call arguments must be JSON text (DeepSeek R1 and V3.1 raise on objects);
     otherwise they are objects (most raise on text, or encode it twice). `empty_content`: what an assistant
     message that is nothing but calls must have as content (some templates drop the calls unless it is None,
-    some print "None"). `short_call_ids`: a call's id must be nine letters and digits (Mistral). `variables`
-    are the names that it reads.
+    some print "None"). `content_as_parts`: a message's content must be a list of parts (MiniMax M1, SmolVLM).
+    `short_call_ids`: a call's id must be nine letters and digits (Mistral). `variables` are the names that it
+    reads.
     """
 
     def __init__(
@@ -50,34 +53,34 @@ class ChatTemplate:
         self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
         self.arguments_as_text = False
         self.empty_content: str | None = None
+        self.content_as_parts = False
         self.short_call_ids = False
         self._probe_conventions()
 
     @classmethod
     def from_dir(cls, directory: Path) -> "ChatTemplate":
-        """Read `chat_template.jinja`, else the `chat_template` of `tokenizer_config.json`.
+        """Read the directory's template where transformers looks for it.
+
+        That is `chat_template.jinja` (for requests with tools, `additional_chat_templates/tool_use.jinja`),
+        else the `chat_template` of `tokenizer_config.json`, else a processor's `chat_template.json`.
 
         Raises:
-            ConfigError: neither file has a template; it names both.
+            ConfigError: no file has a template, or one is broken; it names them.
         """
         config_path = directory / "tokenizer_config.json"
         config = _read_json(config_path) if config_path.exists() else {}
-        path = directory / "chat_template.jinja"
-        source: Any = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
-        tool_source: str | None = None
-        if isinstance(source, list):  # several named templates: transformers takes these two by itself
-            listed = cast("list[dict[str, str]]", source)
-            named = {t["name"]: t["template"] for t in listed}
-            source, tool_source = named.get("default"), named.get("tool_use")
-        if not isinstance(source, str) or not source.strip():
+        names_path = directory / "special_tokens_map.json"  # where older models name their tokens
+        names = _special_tokens(_read_json(names_path)) if names_path.exists() else {}
+        path, source, tool_source = _read_sources(directory, config_path, config)
+        if source is None or not source.strip():
             raise ConfigError(
-                f"no chat template: neither {path} nor a `chat_template` in {config_path} exists; "
-                "copy the template of the model you train into the directory"
+                f"no chat template: neither {directory / 'chat_template.jinja'} nor a `chat_template` in "
+                f"{config_path} exists; copy the template of the model you train into the directory"
             )
         try:
-            return cls(source, _special_tokens(config), tool_source=tool_source)
+            return cls(source, {**names, **_special_tokens(config)}, tool_source=tool_source)
         except ConfigError as error:
-            raise ConfigError(f"{path if path.exists() else config_path}: {error}") from error
+            raise ConfigError(f"{path}: {error}") from error
 
     def render(
         self,
@@ -124,6 +127,8 @@ class ChatTemplate:
             out["tool_calls"] = [self._call_to_json(call) for call in message.tool_calls]
         elif message.content is None:
             out["content"] = ""
+        if self.content_as_parts and out["content"] is not None:
+            out["content"] = [{"type": "text", "text": out["content"]}]
         if message.tool_call_id is not None:
             out["tool_call_id"] = message.tool_call_id
         if message.name is not None:
@@ -149,7 +154,8 @@ class ChatTemplate:
         return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
     def _probe_conventions(self) -> None:
-        """Find the conventions under which a tool call shows in the rendered text, arguments intact."""
+        """Find the conventions under which texts and tool calls show as they are in what is rendered."""
+        self.content_as_parts = not self._shows_text(as_parts=False) and self._shows_text(as_parts=True)
         for as_text in (False, True):
             for empty in (None, ""):
                 self.arguments_as_text, self.empty_content = as_text, empty
@@ -159,16 +165,25 @@ class ChatTemplate:
                     return
         self.arguments_as_text, self.empty_content = False, ""  # it drops tool calls, or raises on them
 
+    def _shows_text(self, *, as_parts: bool) -> bool:
+        self.content_as_parts = as_parts
+        text = self._probe([Message(role="user", content="probe0")], None)
+        return "probe0" in text and "'text'" not in text
+
     def _probe_call(self, call_id: str = "probe0001") -> str:
-        """A rendered tool call and its result; "" where the template raises."""
+        """A rendered tool call and its result."""
         call = ToolCall(id=call_id, name="tool0", arguments='{"key0": "probe0"}')
         messages = [
-            self.to_json(Message(role="user", content="u")),
-            self.to_json(Message(role="assistant", tool_calls=(call,))),
-            self.to_json(Message(role="tool", content="r", tool_call_id=call.id)),
+            Message(role="user", content="u"),
+            Message(role="assistant", tool_calls=(call,)),
+            Message(role="tool", content="r", tool_call_id=call.id),
         ]
+        return self._probe(messages, [PROBE_TOOL])
+
+    def _probe(self, messages: Sequence[Message], tools: Sequence[Json] | None) -> str:
+        """What is rendered; "" where the template raises."""
         try:
-            return self.render(messages, [PROBE_TOOL], {}, add_generation_prompt=True)
+            return self.render([self.to_json(m) for m in messages], tools, {}, add_generation_prompt=True)
         except TemplateRefused:
             return ""
 
@@ -203,6 +218,19 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+_MOMENT: ContextVar[datetime | None] = ContextVar("moment", default=None)
+
+
+@contextmanager
+def one_moment() -> Generator[None]:
+    """Within it the clock that templates read stands still: what is rendered differs by its messages only."""
+    token = _MOMENT.set(datetime.now())
+    try:
+        yield
+    finally:
+        _MOMENT.reset(token)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """The environment that transformers gives to chat templates."""
 
@@ -221,7 +249,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         )
 
     def strftime_now(format: str) -> str:  # noqa: A002  # templates may pass it by name
-        return datetime.now().strftime(format)  # local time, as transformers
+        return (_MOMENT.get() or datetime.now()).strftime(format)  # local time, as transformers
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -231,6 +259,24 @@ def _environment() -> ImmutableSandboxedEnvironment:
         {"raise_exception": raise_exception, "strftime_now": strftime_now}
     )
     return environment
+
+
+def _read_sources(directory: Path, config_path: Path, config: Json) -> tuple[Path, str | None, str | None]:
+    """The file that has the template, its text, and the text for requests with tools (None: none)."""
+    path, more = directory / "chat_template.jinja", directory / "additional_chat_templates" / "tool_use.jinja"
+    if path.exists():
+        tool_source = more.read_text(encoding="utf-8") if more.exists() else None
+        return path, path.read_text(encoding="utf-8"), tool_source
+    source: Any = config.get("chat_template")
+    path = config_path
+    if source is None and (directory / "chat_template.json").exists():
+        path = directory / "chat_template.json"
+        source = _read_json(path).get("chat_template")
+    if isinstance(source, list):  # several named templates: transformers takes these two by itself
+        listed = cast("list[dict[str, str]]", source)
+        named = {t["name"]: t["template"] for t in listed}
+        return path, named.get("default"), named.get("tool_use")
+    return path, source if isinstance(source, str) else None, None
 
 
 def _read_json(path: Path) -> Json:

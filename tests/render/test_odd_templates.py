@@ -217,3 +217,10 @@ def test_a_text_that_the_template_takes_for_something_else(tokenizer: Tokenizer)
     renderer = Renderer(tokenizer, ChatTemplate(cuts, {}))
     assert reason(extended(renderer, [USER], says("a ### b"), [MORE])) is Rewrite.CONTENT
     assert_exact(renderer, [USER], says("a b"), [MORE])
+
+
+def test_a_clock_in_the_prompt(tokenizer: Tokenizer) -> None:
+    """Read at each render: within one `extend` it must not look like a history that was rewritten."""
+    renderer = Renderer(tokenizer, ChatTemplate(source(head="{{ strftime_now('%H:%M:%S.%f') }}"), {}))
+    for _ in range(5):
+        assert isinstance(extended(renderer, [USER], says("Yes."), [MORE]), Rendered)

@@ -12,7 +12,7 @@ from render_params import ALL
 from render_strategies import conversations
 
 from tokentape.errors import ConfigError, RequestError, TemplateRefused
-from tokentape.template import ChatTemplate
+from tokentape.template import ChatTemplate, one_moment
 from tokentape.testing import byte_level_tokenizer, write_model_dir
 from tokentape.types import Json, Message, ToolCall
 
@@ -219,7 +219,63 @@ def test_named_templates(tmp_path: Path) -> None:
         ChatTemplate.from_dir(write_config(tmp_path, chat_template=named[1:]))
 
 
+def test_more_places_of_a_template(tmp_path: Path) -> None:
+    """A processor's file comes last; a second file beside the first is for requests with tools."""
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "P"}), encoding="utf-8")
+    assert ChatTemplate.from_dir(tmp_path).source == "P"
+    assert ChatTemplate.from_dir(write_config(tmp_path, chat_template="C")).source == "C"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("T", encoding="utf-8")
+    assert ChatTemplate.from_dir(tmp_path).source == "C"
+    (tmp_path / "chat_template.jinja").write_text("F", encoding="utf-8")
+    both = ChatTemplate.from_dir(tmp_path)
+    assert both.render(USER, None, {}, add_generation_prompt=True) == "F"
+    assert both.render(USER, TOOLS, {}, add_generation_prompt=True) == "T"
+
+
+def test_tokens_that_an_older_model_names_elsewhere(tmp_path: Path) -> None:
+    write_config(tmp_path, chat_template="{{ bos_token }}{{ eos_token }}", eos_token="new")
+    names = {"bos_token": {"content": "<s>"}, "eos_token": "old"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names), encoding="utf-8")
+    assert ChatTemplate.from_dir(tmp_path).render(USER, None, {}, add_generation_prompt=True) == "<s>new"
+
+
+# -- the clock
+
+
+def test_one_moment() -> None:
+    """A render that reads the clock is the same within a moment, and another one outside it."""
+    clock = "{{ strftime_now('%H:%M:%S.%f') }}"
+    with one_moment():
+        first = render(clock)
+        assert {render(clock) for _ in range(20)} == {first}
+    assert render(clock) != first
+
+
 # -- conventions
+
+
+PARTS = "{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+EITHER = "{% set c = messages[0].content %}{{ c if c is string else c[0].text }}"
+
+
+@pytest.mark.parametrize(
+    ("source", "as_parts"),
+    [
+        (PARTS, True),
+        ("{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}", True),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", False),
+        (EITHER, False),
+        ("nothing", False),
+    ],
+)
+def test_templates_that_read_content_as_parts(source: str, as_parts: bool) -> None:
+    ours = template(source)
+    assert ours.content_as_parts == as_parts
+    message = ours.to_json(Message(role="user", content="Hi"))
+    assert message["content"] == ([{"type": "text", "text": "Hi"}] if as_parts else "Hi")
+    if source != "nothing":
+        assert "Hi" in ours.render([message], None, {}, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("model", ALL)
