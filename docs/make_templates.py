@@ -57,11 +57,16 @@ in which the sampled turn carries marks that occur nowhere else:
    it where the stop token is the next opener too (GLM). The bridge is what follows.
 
 A completion without a stop token (cut by length, or by a stop string) is closed by the template's own end of turn,
-which is then part of the bridge. So is a thought that was cut: first the thought is closed, then the turn. A stop
-token that the template does not write stays, as it was sampled; the turn is closed behind it.
+which is then part of the bridge. So is a thought that was cut: first the thought is closed, then the turn.
 
-The stand-in holds every transition between kinds of messages that the conversation had, with short texts. Asking
-costs the same at turn 3 and at turn 300.
+The stand-in holds every transition between kinds of messages that the conversation had, with short texts, and each
+turn's calls with all their results. Asking costs the same at turn 3 and at turn 300. Two kinds of templates need
+more, and are told apart by asking them when the model is loaded, or by the marks in their answer:
+
+- A template that numbers calls or rounds (Cohere, ChatGLM): the stand-in then has every message of the conversation,
+  still with short texts.
+- A template that repeats the tools or the system's text with each user (Mistral): it is asked again with the real
+  ones. One that repeats other earlier messages behind the turn is not extended.
 
 ## Where there is none
 
@@ -73,17 +78,38 @@ extended. A new branch starts with a full render, and carries the reason:
 | `history_rewritten` | history | renders messages before the turn differently once others follow, as when a user's message makes it drop the thoughts of all earlier turns |
 | `generation_prompt_rewritten` | prompt | does not begin the turn as the prompt ended: the prompt opened a thought (`<think>`) that it does not render for this turn |
 | `reasoning_dropped` | reasoning | does not render the turn's thought |
-| `content_dropped` | text | does not render the turn's text, as some do beside a tool call |
+| `content_dropped` | text | does not render the turn's text, as some do beside a tool call, or moves it behind the results of its calls |
 | `tool_calls_dropped` | calls | does not render the turn's tool calls, or not all of them |
-| `end_of_turn_rewritten` | end | ends an earlier turn with another token than a model samples (gpt-oss: `<\\|end\\|>` for `<\\|return\\|>`) |
+| `end_of_turn_rewritten` | end | ends an earlier turn with another token than a model samples (gpt-oss: `<\\|end\\|>` for `<\\|return\\|>`), or never writes the one that was sampled |
 | `template_refused` | refused | raises on this conversation; a full render then answers 400 with the template's words |
 
-## What `--history preserve` changes
+## `--history template` or `--history preserve`
 
-The ids that were sampled stay, whatever the template would make of them; only the bridge is the template's. The
-model goes on seeing its earlier thoughts, and a rollout is one tape. It is also a prompt that the model's own
-template would not write: right for training on what was sampled, wrong where prompts must be what a server with
-this template would send.
+Both are exact in the same sense: no sampled id is encoded again, every sampled token is trained once, and the bridge
+is what the template writes. They differ in what the next turn is conditioned on.
+
+**`template`**: every prompt is one that a server with this template sends when it is given the same messages. Where
+the template forgets (thoughts of earlier turns, once a user speaks again), the next turn starts a new branch without
+them.
+
+- What is trained is what will be served: the policy learns to go on from a history without its old thoughts.
+- A rollout may be several samples. What they have in common is trained in one of them, and is context (mask 0) in the
+  others; a reward belongs to the session, so give it to each of its samples, or weigh them as your trainer does.
+- Each branch encodes and prefills a whole prompt again.
+
+**`preserve`**: the sampled ids stay, whatever the template would make of them. The model goes on seeing its earlier
+thoughts, and a rollout is one tape, one sample.
+
+- Cheapest to sample and to train: one prompt that only grows, which the engine has in its cache.
+- The prompts are not what a server with this template sends from plain messages. Serve the trained model in the same
+  way (through `tokentape serve --history preserve`, or with a template that keeps thoughts), or it will meet histories
+  that it was not trained on.
+- The context fills up with thoughts: long tasks reach the limit sooner.
+- A stop token that the template does not write stays, as it was sampled; the turn is closed behind it.
+
+Some templates have an argument that makes them keep thoughts by themselves (`clear_thinking=false`,
+`preserve_thinking=true`, `truncate_history_thinking=false`): then the two agree, and `template` is the better choice.
+`tokentape audit` tries them and says which one helps.
 
 ## The table
 
