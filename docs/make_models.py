@@ -55,8 +55,9 @@ not (and says why, and what to do), with 2 when the model or an option is wrong.
 
 ## The families
 
-**tool use**: multi-turn tool use is exact: each rollout of calls and results is one tape. **reads back**: the grammar
-reads what the template writes, typed, for this share of {num_calls} kinds of calls. **then exact with**: the template
+**tool use**: multi-turn tool use is exact: each rollout of calls and results is one tape; *can be kept*: it is one tape
+with `--history preserve`, which is not what the template alone would write ([templates.md](templates.md)). **reads
+back**: the grammar reads what the template writes, typed, for this share of {num_calls} kinds of calls. **then exact with**: the template
 argument under which more cases are exact.
 
 {families}
@@ -81,9 +82,6 @@ turn is without one.
 
 {cases}
 
-With `--history preserve` every branch above is kept on one tape, but for those where the template refuses the
-conversation or shows nothing of the turn; what that means for training stands in [templates.md](templates.md).
-
 ## Defects, and what is worth knowing
 
 {defects}
@@ -105,6 +103,7 @@ _KEYS: dict[str, str] = {
     "exact": "the verdict; exit code 0 if true",
     "reasons": "why not; empty where it is",
     "advice": "what to do then",
+    "preserved": "whether the cases that the verdict hangs on are exact or kept with `--history preserve`",
     "format": "`name` of the row, its `grammars`, its `reasoning` tags, `why` it was chosen, whether "
     "the template `told` it, the row that `contradicted` a chosen one",
     "template": "`arguments` of calls as object or text, `empty_content`, the form of `call_ids`, "
@@ -178,7 +177,7 @@ def _family(name: str, report: Report) -> tuple[str, ...]:
         row.name,
         ", ".join(row.grammars) or "-",
         thoughts + thinking.get(report.template.thinking.value, ""),
-        "exact" if report.exact else "**no**",
+        "exact" if report.exact else "**no**; can be kept" if report.preserved else "**no**",
         f"{sum(call.ok for call in written)} of {len(written)}" if written else "it writes none",
         ", ".join(f"`{key}={json.dumps(value)}`" for h in helps for key, value in h.argument.items()) or "-",
     )

@@ -43,6 +43,22 @@ def test_dropped_calls(audited: Audited) -> None:
     assert outcomes(report)["call"] == "tool_calls_dropped"
     assert outcomes(report)["text"] == "exact"
     assert any(reason.startswith("calls_dropped: ") for reason in report.reasons)
+    assert report.preserved
+
+
+def test_dropped_calls_can_be_kept(audited: Audited) -> None:
+    report = audited(template(calls="[:0]"), history="preserve")
+    assert report.exact
+    assert outcomes(report)["call"] == "kept"
+    assert "calls_dropped" in kinds(report)
+
+
+def test_what_cannot_be_kept(audited: Audited) -> None:
+    refuse = "{%- if messages[-1].role == 'tool' %}{{- raise_exception('no results') }}{%- endif %}"
+    report = audited(template(begin=refuse))
+    assert not report.exact
+    assert not report.preserved
+    assert not any("preserve" in each for each in report.advice)
 
 
 def test_the_second_call_dropped(audited: Audited) -> None:

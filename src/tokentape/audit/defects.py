@@ -57,21 +57,22 @@ def _start(judge: Judge) -> tuple[Message, ...]:
 
 
 def _calls(judge: Judge, detected: Detected, calls: Sequence[ReadBack]) -> Iterator[Defect]:
+    yield from _format(detected)
     start = _start(judge)
     one, two = (next(case.reply for case in CASES if case.name == name) for name in ("call", "two calls"))
-    text = _text(judge, [*start, one, SUNNY])
+    text, both = _text(judge, [*start, one, SUNNY]), _text(judge, [*start, two, SUNNY, NOON])
+    dropped = WARNING if judge.preserve else ERROR  # the sampled calls stay, whatever the template writes
     if text is None:
         yield Defect("calls_refused", ERROR, "the template raises on a tool call: it has no tool use")
         return
     if "Paris" not in text:
         yield Defect(
             "calls_dropped",
-            ERROR,
-            "the template does not write the assistant's tool calls: when a result follows, it cannot "
-            "see what it asked for",
+            dropped,
+            "the template does not write the assistant's tool calls: whatever is rendered again, the model "
+            "does not see what it asked for",
         )
         return
-    both = _text(judge, [*start, two, SUNNY, NOON])
     if both is None:
         yield Defect(
             "parallel_calls_refused",
@@ -80,27 +81,31 @@ def _calls(judge: Judge, detected: Detected, calls: Sequence[ReadBack]) -> Itera
         )
     elif "Paris" not in both or "Europe" not in both:
         yield Defect(
-            "parallel_calls_dropped", ERROR, "the template writes only one of two calls made in one turn"
+            "parallel_calls_dropped", dropped, "the template writes only one of two calls made in one turn"
         )
-    yield from _read_back(detected, calls, parallel=both is not None)
+    if detected.told:
+        yield from _read_back(detected.format.name, calls, parallel=both is not None)
 
 
-def _read_back(detected: Detected, calls: Sequence[ReadBack], *, parallel: bool) -> Iterator[Defect]:
+def _format(detected: Detected) -> Iterator[Defect]:
     name = detected.format.name
     if detected.contradicted:
         yield Defect(
             "format_contradicted",
             ERROR,
-            f"the template writes calls as {detected.contradicted} reads them, and {name} was asked for",
+            f"the template writes calls as {detected.contradicted} reads them; {name}, which was asked for, "
+            "does not",
         )
     if not detected.told:
         yield Defect(
             "format_unknown",
             ERROR,
-            "no format reads the calls that the template writes: they reach the agent as text. A row of your "
-            "own (--formats) teaches it",
+            "the template does not tell how this model writes calls: they reach the agent as text. Name a "
+            "format (--tool-format), or describe one (--formats)",
         )
-        return
+
+
+def _read_back(name: str, calls: Sequence[ReadBack], *, parallel: bool) -> Iterator[Defect]:
     wrong = [call for call in calls if not call.ok and (parallel or call.name != "two calls")]
     if len(wrong) >= len(calls) - 1:
         yield Defect("calls_not_read", ERROR, f"{name} reads none of the calls that the template writes")

@@ -163,7 +163,8 @@ class TokenizerFacts:
 class Report:
     """A whole audit. `version` counts changes of the keys that are not additions.
 
-    `exact`: multi-turn tool use extends exactly. `reasons` says why not, `advice` what to do.
+    `exact`: multi-turn tool use extends exactly, or as `history` asks for. `preserved`: its cases hold with
+    `--history preserve`. `reasons` says why it is not exact, `advice` what to do.
     """
 
     version: int
@@ -171,6 +172,7 @@ class Report:
     history: str
     arguments: Mapping[str, Any]
     exact: bool
+    preserved: bool
     reasons: tuple[str, ...]
     advice: tuple[str, ...]
     format: FormatFacts

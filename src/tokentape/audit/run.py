@@ -70,15 +70,16 @@ def audit(
     tokenizer = examine(renderer.tokenizer, directory / "tokenizer.json")
     defects = find_defects(judge, detected, cases, calls, tokenizer)
     exact = auditor.is_exact(cases) and not any(d.severity is Severity.ERROR for d in defects)
-    helps = auditor.helps(given, cases)
+    helps, preserved = auditor.helps(given, cases), auditor.preserve_holds(given)
     return Report(
         version=VERSION,
         model=model or str(directory),
         history=history,
         arguments=given,
         exact=exact,
+        preserved=preserved,
         reasons=_reasons(cases, defects, auditor),
-        advice=() if exact else auditor.advice(given, cases, helps, defects),
+        advice=() if exact else auditor.advice(cases, helps, defects, preserved=preserved),
         format=_format_facts(detected),
         template=_template_facts(renderer.template, judge),
         cases=cases,
@@ -144,10 +145,11 @@ class _Auditor:
 
     def advice(
         self,
-        given: Mapping[str, Any],
         cases: Sequence[CaseResult],
         helps: Sequence[Help],
         defects: Sequence[Defect],
+        *,
+        preserved: bool,
     ) -> tuple[str, ...]:
         """What to do where multi-turn tool use is not exact."""
         kinds, found = {defect.kind for defect in defects}, list[str]()
@@ -157,7 +159,7 @@ class _Auditor:
         parallel = {"parallel_calls_refused", "parallel_calls_dropped"} & kinds
         if parallel and all(c.name.endswith("two calls") for c in cases if c.counted and not self.is_good(c)):
             found.append('send "parallel_tool_calls": false: one call a turn is exact')
-        if self._history == "template" and self._preserve_holds(given):
+        if self._history == "template" and preserved:
             found.append(
                 "--history preserve: what was sampled stays, and a rollout is one tape; its prompts are then "
                 "not what the template alone would write"
@@ -168,7 +170,8 @@ class _Auditor:
         )
         return tuple(found)
 
-    def _preserve_holds(self, given: Mapping[str, Any]) -> bool:
+    def preserve_holds(self, given: Mapping[str, Any]) -> bool:
+        """Whether the cases of tool use that can happen are exact or kept with `--history preserve`."""
         results = [case for case in self.judge(given, preserve=True).results() if case.counted]
         return bool(results) and all(case.outcome in (*GOOD, Outcome.KEPT) for case in results)
 
