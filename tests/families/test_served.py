@@ -111,7 +111,7 @@ async def test_a_call_its_result_and_an_answer(name: str, tmp_path: Path) -> Non
         async with gateway_for(fake.url, family.directory, tmp_path / "store.sqlite") as gateway:
             session_id = await gateway.create()
             agent = Agent(gateway, session_id, {"tools": [TOOL], "max_tokens": 512})
-            first = await agent.turn(USER)
+            first = await agent.turn(USER, stream=True)
             message = first["choices"][0]["message"]
             [call] = message["tool_calls"]
             assert call["function"]["name"] == "get_weather"
