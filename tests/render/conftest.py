@@ -14,9 +14,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("stand-in"))
 
 
-@pytest.fixture(scope="session")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
-    return Shipped(tmp_path_factory.mktemp("shipped"))
+@pytest.fixture
+def shipped(tmp_path: Path) -> Shipped:
+    """Anew for each test: a tokenizer takes 200 MB, and each of these serves one."""
+    return Shipped(tmp_path)
 
 
 @pytest.fixture(scope="session")
