@@ -214,6 +214,19 @@ def test_content_as_a_list(audited: Audited) -> None:
     assert kinds(audited(template())) & {"list_content_printed"}
 
 
+def test_a_cut_turn_goes_on_without_what_a_whole_one_ends_with(audited: Audited) -> None:
+    report = audited(
+        template().replace(
+            "{{- '<|im_end|>\\n' }}\n    {%- endif %}", "{{- '\\n<|im_end|>\\n' }}\n    {%- endif %}"
+        )
+    )
+    case = next(case for case in report.cases if case.name == "cut text")
+    assert case.outcome is Outcome.KEPT
+    assert repr("\n") in (case.detail or "")
+    assert outcomes(report)["text"] == "exact"
+    assert report.exact
+
+
 def test_an_unknown_format_or_argument_is_an_error(model_dir: Callable[[str], Path]) -> None:
     directory = model_dir(template())
     with pytest.raises(ConfigError, match="tool-format"):

@@ -237,7 +237,9 @@ def _tokens(judge: Judge) -> Iterator[Defect]:
     for case in (case for case in CASES if case.name in ("text", "call")):
         last = _text(judge, [*case.before, case.reply], tools=bool(case.tools), go_on=False) or ""
         ends = _TOKEN.findall(behind(last, case) or "")
-        if ends and tokenizer.id_of(ends[-1]) is None:
+        stop = judge.stops.calls if case.reply.tool_calls else judge.stops.text
+        known = stop is not None and tokenizer.id_of(stop) in judge.eos_ids
+        if ends and tokenizer.id_of(ends[-1]) is None and not known:
             yield Defect(
                 "stop_split",
                 ERROR,

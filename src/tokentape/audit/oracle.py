@@ -109,9 +109,8 @@ class Judge:
         except TemplateRefused as error:
             return _Judged(Outcome.KEPT, None, f"the template cannot write this turn: {error}")
         full_ids = list(renderer.render(frame, messages).run.ids)
-        # Behind a stop token the ids must be the full render's. A cut text has none: there ids may merge.
-        ends_alike = full_ids[-len(answer.run) :] == list(answer.run.ids)
-        if not answer.run.ids or not (ends_alike or case.cut):
+        bridge_ids, decode = list(answer.run.ids), renderer.tokenizer.decode
+        if not bridge_ids or not decode(full_ids).endswith(decode(bridge_ids)):
             return self._drift(answer, whole)
         if not case.cut and written is None:
             return _Judged(
@@ -122,15 +121,33 @@ class Judge:
             if self.preserve:
                 return _Judged(Outcome.KEPT, None, "the template would write the turn otherwise")
             return self._drift(answer, whole)
-        return self._compare([prompt_ids, self._encode(completion), list(answer.run.ids)], full_ids)
+        # Behind the template's own stop token, ids are the full render's; elsewhere they may merge.
+        if full_ids[-len(bridge_ids) :] != bridge_ids and not case.cut:
+            return self._drift(answer, whole)
+        return self._compare(case, prompt_ids, completion, bridge_ids, full_ids)
 
-    def _compare(self, parts: Sequence[list[int]], full_ids: list[int]) -> _Judged:
-        joined, decode = [i for part in parts for i in part], self.renderer.tokenizer.decode
+    def _compare(
+        self, case: Case, prompt_ids: list[int], completion: str, bridge_ids: list[int], full_ids: list[int]
+    ) -> _Judged:
+        """Compare ids; `completion` is the template's text of the turn."""
+        tokenizer = self.renderer.tokenizer
+        own_ids, decode = list(tokenizer.encode(completion)), tokenizer.decode
+        joined = [*prompt_ids, *own_ids, *bridge_ids]
         if joined == full_ids:
             return _Judged(Outcome.EXACT)
-        if decode(joined) == decode(full_ids):
+        # SentencePiece puts a blank before a text that stands alone: look at how the full render has it.
+        middle = full_ids[len(prompt_ids) : len(full_ids) - len(bridge_ids)]
+        is_completion = decode(middle).strip() == completion.strip() and middle[-1:] == own_ids[-1:]
+        if is_completion and [*prompt_ids, *middle, *bridge_ids] == full_ids:
+            return _Judged(Outcome.EXACT)
+        whole, bridge = decode(full_ids), decode(bridge_ids)
+        if decode(joined) == whole:
             return _Judged(Outcome.SEAM, None, "the full render has other ids at the turn's edges")
-        return _Judged(Outcome.DRIFT, None, f"{decode(joined)!r} is not {decode(full_ids)!r}")
+        seen = decode([*prompt_ids, *own_ids])
+        if case.cut and whole.startswith(seen) and whole.endswith(bridge):
+            left_out = whole[len(seen) : len(whole) - len(bridge)]
+            return _Judged(Outcome.KEPT, None, f"a cut turn goes on without {left_out!r} behind its text")
+        return _Judged(Outcome.DRIFT, None, f"{decode(joined)!r} is not {whole!r}")
 
     def _drift(self, answer: Rendered, whole: str) -> _Judged:
         bridge = self.renderer.tokenizer.decode(list(answer.run.ids))
@@ -153,18 +170,16 @@ class Judge:
         shown = Counter(case.pieces)
         if not completion.endswith(stop) or any(completion.count(text) < n for text, n in shown.items()):
             return None
-        if case.reply.reasoning == "" and not self._opens_alike(case, prompt, completion.removesuffix(stop)):
+        if case.reply.reasoning == "" and not self._opens_alike(case, prompt, completion):
             return None
         return completion
 
-    def _opens_alike(self, case: Case, prompt: str, body: str) -> bool:
-        """An empty thought has no text to look for: the turn must be what it is as the last one."""
+    def _opens_alike(self, case: Case, prompt: str, completion: str) -> bool:
+        """An empty thought has no text to look for: up to its last piece the turn must be as the last one."""
+        end = max((completion.rfind(mark) + len(mark) for mark in case.marks), default=0)
         messages = [*case.before, case.reply]
         last = text_of(self.renderer, Frame(case.tools, self.arguments), messages, go_on=False)
-        return last.startswith(prompt + body)
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.renderer.tokenizer.encode(text))
+        return last.startswith(prompt + completion[:end])
 
     def _stop_id(self, written: str | None) -> int | None:
         if written is not None:
