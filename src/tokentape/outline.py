@@ -42,8 +42,9 @@ class Outline:
         added: list[tuple[Message, Message]] = []
         for message in new:
             stand_in, kind = _stand_in(message, content_tests)
+            open_calls = _open_calls(messages) if message.role == "tool" else 0
             if message.role == "tool":
-                kind = (kind, _answers_last_call(messages))
+                kind = (kind, open_calls == 1)
             original = message if message.role == "system" else stand_in
             messages.append(stand_in)
             kinds.append(kind)
@@ -51,7 +52,7 @@ class Outline:
             added.append((stand_in, original))
             # A round trip without a new transition is cut out; never between a turn and its results, which a
             # template looks up (Gemma 4) or counts (DeepSeek V3.2).
-            for i in range(-1 if message.role == "tool" else len(kinds) - 2, -1, -1):
+            for i in range(-1 if open_calls > 0 else len(kinds) - 2, -1, -1):
                 if kinds[i] == kind and _transitions(kinds[: i + 1]) == _transitions(kinds):
                     messages[i:], kinds[i:], originals[i:] = messages[-1:], kinds[-1:], originals[-1:]
                     break
@@ -71,10 +72,11 @@ class Outline:
         return Outline(messages, tuple(range(len(pairs))), originals)
 
 
-def _answers_last_call(messages: list[Message]) -> bool:
-    """Whether a result behind these messages is the last that its turn's calls wait for."""
+def _open_calls(messages: list[Message]) -> int:
+    """How many of the last turn's calls wait for a result; none or fewer: a result answers none of them."""
     turn = next((i for i in range(len(messages) - 1, -1, -1) if messages[i].role != "tool"), -1)
-    return turn >= 0 and len(messages) - turn == len(messages[turn].tool_calls)
+    num_calls = len(messages[turn].tool_calls) if turn >= 0 else 0
+    return num_calls - (len(messages) - 1 - turn)
 
 
 def _transitions(kinds: list[object]) -> set[tuple[object, object]]:
