@@ -150,7 +150,7 @@ class Renderer:
         self._tool_name = f"{self._sentinel}t"
         function = {**PROBE_TOOL["function"], "name": self._tool_name}
         self._tools: tuple[Json, ...] = ({**PROBE_TOOL, "function": function},)
-        self._counts = self._counts_rounds()
+        self._counts, self._text_end = self._look_at_rounds()
 
     @classmethod
     def from_dir(
@@ -374,7 +374,14 @@ class Renderer:
             if not self._preserve:
                 return NotExtendable(Rewrite.END_OF_TURN, f"the template does not end this turn with {stop}")
         # Cut by length or a stop string, or stopped by a token that this template does not write: close it.
-        return _Seam(tail[ends[-1] if ends else len(closing) :], None)
+        if not ends:
+            return _Seam(tail[len(closing) :], None)
+        if probe.content and not probe.calls:
+            return _Seam(tail[ends[0] :], None)
+        # Calls have closing tokens of their own, and some templates write an opener where none is asked for.
+        known = (self.template.special_tokens.get("eos_token"), self._text_end)
+        at = (closing.index(end) for end in known if end and closing.count(end) == 1)
+        return _Seam(tail[next(at, ends[-1]) :], None)
 
     def _thought_seam(self, probe: _Probe) -> _Seam | NotExtendable:
         """The bridge after a thought that was cut: the template closes the thought, then the turn."""
@@ -394,7 +401,12 @@ class Renderer:
         """
         closing = self._common(tail, last_tail)
         first, last_first = self._first_special(tail), self._first_special(last_tail)
-        if first is None or last_first is None or first[0] != last_first[0] or first.end() <= len(closing):
+        if first is None or first.end() <= len(closing):
+            return closing
+        if last_first is None:  # a last turn has no end at all
+            rest, shown = last_tail[len(closing) :].strip(), tail[len(closing) : first.start()].strip()
+            return tail[: first.start()] if shown == rest or (rest and shown.endswith(rest)) else closing
+        if first[0] != last_first[0]:
             return closing
         return tail[: first.start()] + self._common(tail[first.start() :], last_tail[last_first.start() :])
 
@@ -438,17 +450,22 @@ class Renderer:
             return NotExtendable(Rewrite.CONTENT, "the template takes the turn's text for something else")
         return None
 
-    def _counts_rounds(self) -> bool:
-        """Whether what follows a turn hangs on how many came before: Cohere's template numbers the calls."""
+    def _look_at_rounds(self) -> tuple[bool, str | None]:
+        """Whether what follows a turn hangs on how many came before, and the token that ends a turn of text.
+
+        Cohere's template numbers the calls.
+        """
         call = ToolCall(id="probe0001", name=self._tool_name, arguments=json.dumps({"a": self._sentinel}))
         result = Message(role="tool", content="r", tool_call_id=call.id)
         user = Message(role="user", content="u")
         with_calls = [Message(role="assistant", tool_calls=(call,)), result]
         with_text = [Message(role="assistant", content=self._sentinel), user]
-        return any(
-            self._bridge_after(user, rounds * 2) != self._bridge_after(user, rounds * 3)
-            for rounds in (with_calls, with_text, [*with_calls, *with_text])
-        )
+        after = [
+            [self._bridge_after(user, rounds * num) for num in (2, 3)]
+            for rounds in (with_text, with_calls, [*with_calls, *with_text])
+        ]
+        end = self._first_special(after[0][0] or "")
+        return any(two != three for two, three in after), end and end[0]
 
     def _bridge_after(self, user: Message, rounds: Sequence[Message]) -> str | None:
         """What a template writes behind the last of some equal rounds."""

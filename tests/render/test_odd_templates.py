@@ -224,3 +224,26 @@ def test_a_clock_in_the_prompt(tokenizer: Tokenizer) -> None:
     renderer = Renderer(tokenizer, ChatTemplate(source(head="{{ strftime_now('%H:%M:%S.%f') }}"), {}))
     for _ in range(5):
         assert isinstance(extended(renderer, [USER], says("Yes."), [MORE]), Rendered)
+
+
+def test_a_last_turn_has_no_end(tokenizer: Tokenizer) -> None:
+    """Apriel's calls have an id once they are not the last, and only then an end."""
+    call = "{{ '<tool_call>' + (c.function.arguments | tojson) + ('' if m == messages[-1] else c.id) + ']' }}"
+    ends = source(call=call, end="{%- if not loop.last %}" + END + "{%- endif %}")
+    renderer = Renderer(tokenizer, ChatTemplate(ends, {}))
+    turn = says(None, '{"a": 1}')
+    assert_exact(renderer, [USER], turn, results(turn))
+    answer = extended(renderer, [USER], turn, results(turn), "")
+    assert isinstance(answer, Rendered)
+    assert tokenizer.decode(answer.run.ids).startswith("<|im_end|>\n<|im_start|>tool")
+
+
+def test_an_opener_that_nobody_asked_for(tokenizer: Tokenizer) -> None:
+    """Llama 3's first template writes it behind every conversation: a cut turn is closed by its end."""
+    eager = source().replace("{%- if add_generation_prompt %}", "{%- if true %}")
+    renderer = Renderer(tokenizer, ChatTemplate(eager, {}))
+    for turn, new in ((says("Yes."), [MORE]), (call := says(None, '{"a": 1}'), results(call))):
+        assert_exact(renderer, [USER], turn, new)
+        answer = extended(renderer, [USER], turn, new, "")
+        assert isinstance(answer, Rendered)
+        assert tokenizer.decode(answer.run.ids).startswith(f"<|im_end|>\n<|im_start|>{new[0].role}")
