@@ -58,7 +58,10 @@ def model_sizes(directory: Path) -> ModelSizes:
     eos_ids: set[int] = set()
     for source in (config, text, _read(directory / "generation_config.json")):
         eos: int | list[int] | None = source.get("eos_token_id")
-        eos_ids.update([eos] if isinstance(eos, int) else eos or [])
+        listed = [eos] if isinstance(eos, int) else eos or []
+        if not isinstance(listed, list) or not all(isinstance(each, int) for each in listed):  # pyright: ignore[reportUnnecessaryIsInstance]  # of a file
+            raise ConfigError(f"{directory}: eos_token_id is {eos!r}, not an id or a list of ids")
+        eos_ids.update(listed)
     return ModelSizes(text.get("vocab_size"), text.get("max_position_embeddings"), frozenset(eos_ids))
 
 

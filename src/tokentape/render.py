@@ -255,16 +255,20 @@ class Renderer:
         """Render the stand-in conversation, with a plainer turn where the template cannot show this one.
 
         Llama's template raises on parallel calls: what follows a turn with one call follows a turn with
-        several. Gemma 4's writes a turn's text behind the results of its calls: what follows the calls alone
-        follows them. SmolLM2's shows no calls at all: to keep such a turn, ask what follows a text.
+        several. gpt-oss's raises on a thought, a text and a call: the text is left out. Gemma 4's writes a
+        turn's text behind the results of its calls: what follows the calls alone follows them. SmolLM2's
+        shows no calls at all: to keep such a turn, ask what follows a text.
         """
         calls = message.tool_calls
         try:
             probe = self._render_probe(frame, before, message, calls, new)
         except TemplateRefused:
-            if len(calls) < 2:
+            if len(calls) > 1:
+                calls = calls[:1]
+            elif calls and message.content and message.reasoning:
+                message = replace(message, content=None)
+            else:
                 raise
-            calls = calls[:1]
             probe = self._render_probe(frame, before, message, calls, new)
         if self._preserve and probe.is_woven:
             probe = self._render_probe(frame, before, replace(message, content=None), calls, new)

@@ -265,8 +265,11 @@ def _read_sources(directory: Path, config_path: Path, config: Json) -> tuple[Pat
     """The file that has the template, its text, and the text for requests with tools (None: none)."""
     path, more = directory / "chat_template.jinja", directory / "additional_chat_templates" / "tool_use.jinja"
     if path.exists():
-        tool_source = more.read_text(encoding="utf-8") if more.exists() else None
-        return path, path.read_text(encoding="utf-8"), tool_source
+        try:
+            tool_source = more.read_text(encoding="utf-8") if more.exists() else None
+            return path, path.read_text(encoding="utf-8"), tool_source
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     source: Any = config.get("chat_template")
     path = config_path
     if source is None and (directory / "chat_template.json").exists():
@@ -274,7 +277,10 @@ def _read_sources(directory: Path, config_path: Path, config: Json) -> tuple[Pat
         source = _read_json(path).get("chat_template")
     if isinstance(source, list):  # several named templates: transformers takes these two by itself
         listed = cast("list[dict[str, str]]", source)
-        named = {t["name"]: t["template"] for t in listed}
+        try:
+            named = {t["name"]: t["template"] for t in listed}
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: a chat template in the list has no name or no template") from error
         return path, named.get("default"), named.get("tool_use")
     return path, source if isinstance(source, str) else None, None
 

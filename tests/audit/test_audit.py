@@ -104,6 +104,14 @@ def test_an_argument_that_helps_is_found_whatever_its_name(audited: Audited) -> 
     assert any('"some_odd_switch": true' in each for each in report.advice)
 
 
+def test_an_argument_that_turns_thoughts_on_is_found(audited: Audited) -> None:
+    closing = "<think>\\n' + ('' if think_first else '\\n</think>\\n\\n') + '"
+    report = audited(template(opening=closing))
+    assert (report.template.thinking, report.exact) == ("closed", False)
+    assert (report.helps[0].argument, report.helps[0].thinking) == ({"think_first": True}, "opened")
+    assert report.helps[0].exact
+
+
 def test_an_argument_that_is_given_is_used(audited: Audited) -> None:
     source = template(keep="and (loop.last or some_odd_switch == true)")
     report = audited(source, arguments={"some_odd_switch": True})

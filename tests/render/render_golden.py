@@ -315,12 +315,17 @@ def judge_bridge(
 def _judge_unrendered(
     renderer: Renderer, case: Case, answer: Rendered | NotExtendable, *, preserve: bool
 ) -> str:
-    """The template raises on the whole conversation: only parallel calls may be extended all the same."""
+    """The template raises on the whole conversation.
+
+    Only parallel calls, and a call beside both thought and text (gpt-oss), may be extended all the same.
+    """
+    reply = case.reply
+    is_known = len(reply.tool_calls) > 1 or bool(reply.tool_calls and reply.reasoning and reply.content)
     if isinstance(answer, NotExtendable):
-        if answer.reason is not Rewrite.REFUSED and len(case.reply.tool_calls) < 2:
+        if answer.reason is not Rewrite.REFUSED and not is_known:
             raise Drift(f"{answer}, and yet the template refuses")
         return answer.reason.value
-    if len(case.reply.tool_calls) < 2:
+    if not is_known:
         raise Drift(
             f"extended by {renderer.tokenizer.decode(answer.run.ids)!r}, and yet the template refuses"
         )

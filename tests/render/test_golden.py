@@ -289,6 +289,17 @@ def test_harmony_s_ends_of_a_final_message(models: Models, model: str, stop: str
         assert isinstance(answer, Rendered)
 
 
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("model", only("gpt-oss"))
+def test_harmony_s_thought_text_and_call(models: Models, model: str, history: str) -> None:
+    """Its template raises on such a turn, which is an ordinary one; its result follows all the same."""
+    case = CASES["call"]
+    reply = dataclasses.replace(case, reply=says("Let me look.", "I should.", case.reply.tool_calls))
+    assert bridge(models.renderer(model, history), reply, "<|call|>") == bridge(
+        models.renderer(model), case, "<|call|>"
+    )
+
+
 @pytest.mark.parametrize("model", only("gpt-oss"))
 def test_harmony_s_call(models: Models, model: str) -> None:
     assert bridge(models.renderer(model), CASES["call"], "<|call|>") == (

@@ -34,7 +34,6 @@ VERSION = 1
 _VALUES: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("low", "medium", "high", "none"),
     "thinking_mode": ("thinking", "chat", "on", "off", "enabled", "disabled"),
-    "thinking": (True, False, "on", "off"),
 }
 
 
@@ -62,7 +61,12 @@ def audit(
     sizes = model_sizes(directory)
     renderer = Renderer.from_dir(directory, history=history, num_ids=sizes.vocab_size)
     detected = detect(renderer.template, tool_format, reasoning_format, formats=(*formats, *FORMATS))
+    for name in given.keys() - renderer.template.variables:
+        known = ", ".join(sorted(renderer.template.variables - RESERVED)) or "none"
+        raise ConfigError(f"template argument {name!r}: the chat template does not read it; it reads {known}")
     eos_ids = sizes.eos_ids | renderer.eos_ids
+    if any(not 0 <= eos < max(renderer.tokenizer.vocab_size, sizes.vocab_size or 0) for eos in eos_ids):
+        raise ConfigError(f"{directory}: an eos_token_id is no id of the tokenizer: {sorted(eos_ids)}")
     auditor = _Auditor(renderer, detected, eos_ids, history)
     judge = auditor.judge(given)
     cases = judge.results()
@@ -129,14 +133,17 @@ class _Auditor:
         good = {case.name for case in cases if self.is_good(case) and case.possible}
         if all(case.name in good for case in cases if case.possible):
             return ()
-        found: list[Help] = []
+        was_exact, found = self.is_exact(cases), list[Help]()
         for name in sorted(self._renderer.template.variables - RESERVED - given.keys()):
             for value in _VALUES.get(name, (True, False)):
                 judge = self.judge({**given, name: value})
                 results = judge.results()
                 possible = {case.name for case in results if case.possible}
                 now = {case.name for case in results if self.is_good(case) and case.possible}
-                gained = tuple(c.name for c in cases if c.name in now - good and c.possible)
+                # Where thoughts are off and nothing holds, an argument that turns them on may be the answer.
+                gained = tuple(
+                    c.name for c in cases if c.name in now - good and (c.possible or not was_exact)
+                )
                 lost = tuple(c.name for c in cases if c.name in (good & possible) - now)
                 if gained:
                     exact = self.is_exact(results)
