@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from tokentape.parse.events import CallStatus
 from tokentape.parse.grammar import Call, Ends, Writer
-from tokentape.parse.json_calls import check_json
-from tokentape.parse.jsonscan import broken, scan_value
+from tokentape.parse.json_calls import read_arguments
+from tokentape.parse.jsonscan import broken
 from tokentape.parse.source import Malformed, Source, Steps, marks
 from tokentape.types import Json
 
@@ -107,16 +107,7 @@ def _read_call(src: Source, call: Call) -> Steps[None]:
     yield from src.space()
     if (yield from src.peek()) != "{":
         raise broken("no object follows the header")
-    parts: list[str] = []
-
-    def argue(text: str) -> None:
-        parts.append(text)
-        call.argue(text)
-
-    yield from scan_value(src, argue)
-    arguments = "".join(parts)
-    check_json(arguments)
-    call.arguments = arguments
+    yield from read_arguments(src, call)
     yield from src.space()
     if src.final and src.at == len(src.text):  # the mark is the engine's stop token
         return

@@ -205,16 +205,7 @@ class NamedCalls:
         yield from src.space()
         if (yield from src.peek()) != "{":
             raise broken("no object follows the name")
-        parts: list[str] = []
-
-        def argue(text: str) -> None:
-            parts.append(text)
-            call.argue(text)
-
-        yield from scan_value(src, argue)
-        arguments = "".join(parts)
-        check_json(arguments)
-        call.arguments = arguments
+        yield from read_arguments(src, call)
         yield from close_call(src, self.close)
 
     def _read_head(self, src: Source, call: Call) -> Steps[None]:
@@ -249,6 +240,24 @@ _NUMBERED = re.compile(r"(?:functions\.)?(.+):\d+", re.DOTALL)
 def _sampled_id(value: object) -> str | None:
     """An id that the model gave a call, if it is one that Mistral's templates take back."""
     return value if isinstance(value, str) and _ID.fullmatch(value) else None
+
+
+def read_arguments(src: Source, call: Call) -> Steps[None]:
+    """Read a call's arguments, a JSON value that begins here.
+
+    Raises:
+        Malformed: it is not JSON.
+    """
+    parts: list[str] = []
+
+    def argue(text: str) -> None:
+        parts.append(text)
+        call.argue(text)
+
+    yield from scan_value(src, argue)
+    arguments = "".join(parts)
+    check_json(arguments)
+    call.arguments = arguments
 
 
 def check_json(text: str) -> None:
