@@ -33,7 +33,8 @@ CALC = {
         "parameters": {
             "type": "object",
             "properties": {
-                "expression": {"type": "string", "maxLength": 12},
+                # Not `maxLength`: xgrammar then lets raw control characters in, which no JSON has.
+                "expression": {"type": "string", "pattern": "^[0-9 +*/().-]{1,12}$"},
                 "digits": {"$ref": "#/$defs/digits"},
             },
             "required": ["expression"],
