@@ -21,7 +21,7 @@ import msgspec
 from tokentape.engines.base import Engine
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError, RequestError, SessionClosed, SessionExists
-from tokentape.export import samples, stored_samples, write_parquet
+from tokentape.export.samples import samples, stored_samples, write_parquet
 from tokentape.formats import Format
 from tokentape.gateway import chat, control
 from tokentape.gateway.fields import session_sampling

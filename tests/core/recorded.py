@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from tokentape.export import samples, to_json_rows
+from tokentape.export.samples import samples, to_json_rows
 from tokentape.store import SessionRecord
 from tokentape.tape import Origin, Turn
 from tokentape.tree import Tree, frame_key, keys_of, know

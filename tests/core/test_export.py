@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from recorded import TOOLS, Recorder, call, record, result, said, turn, user
 
 from tokentape.errors import ConfigError, InternalError, StoreError
-from tokentape.export import chat_message, samples, to_arrow_stream, to_json_rows, write_parquet
+from tokentape.export.samples import chat_message, samples, to_arrow_stream, to_json_rows, write_parquet
 from tokentape.invariants import check_samples
 from tokentape.labels import labels
 from tokentape.schema import SAMPLES

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from recorded import Recorder, new_messages, record, turn
 
-from tokentape.export import samples, to_json_rows
+from tokentape.export.samples import samples, to_json_rows
 from tokentape.gateway.sessions import restore
 from tokentape.invariants import check_samples
 from tokentape.store import SQLiteStore

@@ -33,7 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "schema": {*CORE, "tape", "tree", "volatile"},
     "constrain": {*CORE, "formats", "parse"},
     "store": {*CORE, "tape", "schema"},
-    "export": {*CORE, "tape", "tree", "schema", "store"},
+    "export": {*CORE, "export", "tape", "tree", "schema", "store"},
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {

@@ -17,7 +17,7 @@ from tokentape.errors import (
     TooLarge,
     Unauthorized,
 )
-from tokentape.export import samples, to_arrow_stream, to_json_rows
+from tokentape.export.samples import samples, to_arrow_stream, to_json_rows
 from tokentape.gateway import control
 from tokentape.gateway.agents import (
     ROUTES,

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from tokentape.errors import TokentapeError
-from tokentape.export import chat_call
+from tokentape.export.samples import chat_call
 from tokentape.gateway.exchange import Done, Progress, Started
 from tokentape.gateway.wire import event, extension, openai_error
 from tokentape.parse import CallDelta, ReasoningDelta, SaidEvent, TextDelta

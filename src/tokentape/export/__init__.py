@@ -1,0 +1,17 @@
+"""Samples in every shape: Arrow, Parquet, JSON (`samples`), and as each trainer takes them (`trainers`)."""
+
+from tokentape.export.row import Row, read_rows
+from tokentape.export.samples import samples, stored_samples, to_arrow_stream, to_json_rows, write_parquet
+from tokentape.export.trainers import TRAINERS, Trainer
+
+__all__ = [
+    "TRAINERS",
+    "Row",
+    "Trainer",
+    "read_rows",
+    "samples",
+    "stored_samples",
+    "to_arrow_stream",
+    "to_json_rows",
+    "write_parquet",
+]

@@ -1,0 +1,26 @@
+"""The table of trainers: what `tokentape export --format NAME` can write. Each has a file of its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tokentape.export.row import Row
+from tokentape.types import Json
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """One trainer's rows.
+
+    `rows` turns samples into plain values (numbers, texts, lists, dicts) under the names that the trainer's
+    own classes have. `convention` says in one line where masks, log-probabilities and rewards stand.
+    """
+
+    name: str
+    rows: Callable[[Sequence[Row]], Iterator[Json]]
+    convention: str
+
+
+_ALL: tuple[Trainer, ...] = ()
+
+TRAINERS: dict[str, Trainer] = {trainer.name: trainer for trainer in _ALL}
+"""By the name that `--format` takes."""
