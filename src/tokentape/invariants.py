@@ -8,6 +8,7 @@ Rows are what `GET /sessions/{id}/samples` answers, or what `pyarrow.parquet.rea
 returns. A trainer's pipeline can check the file that it was given with it; tokentape's own tests do the same.
 """
 
+import base64
 import json
 import math
 from collections import Counter, defaultdict
@@ -24,12 +25,16 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "session_id": (str,),
     "sample_id": (str,),
     "branch_reason": (str,),
+    "group_id": (str, type(None)),
     "label": (str,),
     "label_by": (str,),
     "token_ids": (list,),
     "loss_mask": (list,),
     "logprobs": (list,),
     "weight_versions": (list,),
+    "sampling_logprobs": (list, type(None)),
+    "support": (list, type(None)),
+    "routed_experts": (dict, type(None)),
     "num_prompt_tokens": (int,),
     "turns": (list,),
     "reward": (float, int, type(None)),
@@ -39,8 +44,8 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "sampling": (str,),
     "metadata": (str,),
 }
-_SPAN_TYPES: Mapping[str, type] = {"version": str, "start": int, "end": int}
-_TURN_TYPES: Mapping[str, type] = {
+_SPAN_TYPES: Mapping[str, type | tuple[type, ...]] = {"version": str, "start": int, "end": int}
+_TURN_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "turn_id": str,
     "start": int,
     "end": int,
@@ -48,7 +53,11 @@ _TURN_TYPES: Mapping[str, type] = {
     "trained": bool,
     "parse_status": str,
     "label": str,
+    "logprob_basis": str,
+    "reward": (float, int, type(None)),
 }
+_BASES = ("sampled", "untruncated", "greedy")
+_ITEM_BYTES = {"uint8": 1, "uint16": 2}
 _JSON_COLUMNS: Mapping[str, type] = {"messages": list, "tools": list, "sampling": list, "metadata": dict}
 
 
@@ -81,7 +90,15 @@ def _check_row(row: Row) -> tuple[list[str], bool]:
     problems = list(_lengths(row)) or list(_turns(row))
     if problems:
         return [*problems, *_json(row)], False
-    problems = list(_values(row)) or list(_mask(row)) or [*_logprobs(row), *_versions(row)]
+    problems = (
+        list(_values(row))
+        or list(_mask(row))
+        or [
+            *_logprobs(row),
+            *_versions(row),
+            *_captured(row),
+        ]
+    )
     return [*problems, *_scalars(row), *_json(row)], True
 
 
@@ -103,14 +120,15 @@ def _columns(row: Row) -> Iterator[str]:
         yield "there is no turn"
 
 
-def _structs(name: str, items: Sequence[Any], fields: Mapping[str, type]) -> Iterator[str]:
+def _structs(name: str, items: Sequence[Any], fields: Mapping[str, type | tuple[type, ...]]) -> Iterator[str]:
     for index, item in enumerate(items):
         if not isinstance(item, Mapping):
             yield f"{name}[{index}] is a {type(item).__name__}"
             continue
         for field, type_ in fields.items():
-            if type(item.get(field)) is not type_:  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-                yield f"{name}[{index}].{field} is not a {type_.__name__}"
+            types = type_ if isinstance(type_, tuple) else (type_,)
+            if type(item.get(field)) not in types:  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+                yield f"{name}[{index}].{field} is not a {types[0].__name__}"
 
 
 def _lengths(row: Row) -> Iterator[str]:
@@ -167,6 +185,33 @@ def _versions(row: Row) -> Iterator[str]:
         yield f"token {wrong}: {what}"
 
 
+def _captured(row: Row) -> Iterator[str]:
+    """Supports stand where tokens were sampled, with the token in them; routed experts are N-1 rows."""
+    kept, logprobs, routed = row["support"], row["sampling_logprobs"], row["routed_experts"]
+    size = len(row["token_ids"])
+    if (kept is None) != (logprobs is None):
+        yield "one of support and sampling_logprobs is null"
+    elif kept is not None:
+        if not len(kept) == len(logprobs) == size:
+            yield f"support {len(kept)}, sampling_logprobs {len(logprobs)}, token_ids {size}"
+            return
+        for at, (ids, logprob) in enumerate(zip(kept, logprobs, strict=True)):
+            if (ids is None) != (logprob is None):
+                yield f"token {at}: one of its support and its sampling_logprob is null"
+            elif ids is not None and not row["loss_mask"][at]:
+                yield f"token {at}: mask 0 with a support"
+            elif ids is not None and row["token_ids"][at] not in ids:
+                yield f"token {at}: it is not in its own support"
+            elif logprob is not None and not _is_logprob(logprob):
+                yield f"token {at}: {logprob!r} is no log-probability (sampling_logprobs)"
+    if routed is not None:
+        width, item = routed.get("width"), _ITEM_BYTES.get(routed.get("dtype"))
+        data = routed.get("data")
+        num_bytes = len(base64.b64decode(data)) if isinstance(data, str) else len(data or b"")
+        if type(width) is not int or item is None or num_bytes != (size - 1) * width * item:
+            yield f"routed_experts is not of {size - 1} tokens"
+
+
 def _turns(row: Row) -> Iterator[str]:
     """Turns' spans lie inside the tape, in order, without overlap."""
     size, end = len(row["token_ids"]), 0
@@ -219,6 +264,11 @@ def _scalars(row: Row) -> Iterator[str]:
     other = next((t for t in row["turns"] if t["trained"] and t["label"] != leaf["label"]), None)
     if other is not None:
         yield f"turn {other['turn_id']} is trained here, but its label is {other['label']!r}"
+    for turn in row["turns"]:
+        if turn["logprob_basis"] not in _BASES:
+            yield f"turn {turn['turn_id']}: logprob_basis is {turn['logprob_basis']!r}"
+        if turn["reward"] is not None and not math.isfinite(turn["reward"]):
+            yield f"turn {turn['turn_id']}: reward is {turn['reward']!r}"
     if row["truncated"] != (leaf["finish_reason"] == "length"):
         yield f"truncated is {row['truncated']}, the last turn's finish_reason {leaf['finish_reason']!r}"
     if row["reward"] is not None and not math.isfinite(row["reward"]):
@@ -271,5 +321,5 @@ def _turn(row: Row, index: int) -> tuple[object, ...]:
     turn = row["turns"][index]
     before = row["turns"][index - 1] if index else {"turn_id": None, "end": 0}
     ids = row["token_ids"][before["end"] : turn["end"]]
-    said = turn["finish_reason"], turn["parse_status"], turn["label"]
+    said = turn["finish_reason"], turn["parse_status"], turn["label"], turn["logprob_basis"], turn["reward"]
     return before["turn_id"], turn["start"], turn["end"], *said, ids

@@ -1,24 +1,25 @@
 """Every stored column, declared once: what SQL tables and Arrow schemas are made of.
 
-Two shapes: `TURNS`, `SESSIONS` and `FAILURES` are what the store keeps (deltas, one row a turn); `SAMPLES` is
-what a trainer reads (one row a branch).
+Two shapes: `TURNS`, `SESSIONS`, `FAILURES` and `WEIGHTS` are what the store keeps (deltas, one row a turn);
+`SAMPLES` is what a trainer reads (one row a branch).
 """
 
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import pyarrow as pa
 
 from tokentape.tape import Origin, Turn
-from tokentape.types import Json, Message, Sampling, TokenRun, VersionSpan
+from tokentape.types import Json, Message, RoutedExperts, Sampling, Support, TokenRun, VersionSpan
 from tokentape.volatile import Superseded
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-Kind = Literal["text", "int", "real", "bool", "ids", "floats", "json"]
+T = TypeVar("T")
+Kind = Literal["text", "int", "real", "bool", "ids", "floats", "packed", "json"]
 _SQL: Mapping[Kind, str] = {
     "text": "TEXT",
     "int": "INTEGER",
@@ -26,6 +27,7 @@ _SQL: Mapping[Kind, str] = {
     "bool": "INTEGER",
     "ids": "BLOB",  # little-endian int32
     "floats": "BLOB",  # little-endian float32
+    "packed": "BLOB",  # msgpack
     "json": "TEXT",
 }
 
@@ -50,6 +52,9 @@ SESSIONS = (
     Column("max_tokens", "int", nullable=True),
     Column("deadline", "real", nullable=True),
     Column("reward", "real", nullable=True),
+    Column("group_id", "text", nullable=True),
+    Column("turn_rewards", "json"),
+    Column("branch_rewards", "json"),
 )
 TURNS = (
     Column("turn_id", "text", key=True),
@@ -60,6 +65,9 @@ TURNS = (
     Column("completion", "ids"),
     Column("logprobs", "floats"),
     Column("versions", "json"),
+    Column("logprob_basis", "text"),
+    Column("support", "packed", nullable=True),
+    Column("routed_experts", "packed", nullable=True),
     Column("finish_reason", "text"),
     Column("stop_id", "int", nullable=True),
     Column("messages", "json"),
@@ -83,11 +91,16 @@ FAILURES = (
     Column("num_tokens", "int"),
     Column("created_at", "real"),
 )
+WEIGHTS = (  # every version ever seen, in the order of its coming: the rows' own
+    Column("version", "text", key=True),
+    Column("first_seen_at", "real"),
+)
 
 SAMPLES = pa.schema(
     [
         pa.field("session_id", pa.string(), nullable=False),
         pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("group_id", pa.string()),
         pa.field("branch_reason", pa.string(), nullable=False),
         pa.field("label", pa.string(), nullable=False),
         pa.field("label_by", pa.string(), nullable=False),
@@ -98,6 +111,12 @@ SAMPLES = pa.schema(
             "weight_versions",
             pa.list_(pa.struct([("version", pa.string()), ("start", pa.int32()), ("end", pa.int32())])),
             nullable=False,
+        ),
+        pa.field("sampling_logprobs", pa.list_(pa.float32())),
+        pa.field("support", pa.list_(pa.list_(pa.int32()))),
+        pa.field(
+            "routed_experts",
+            pa.struct([("data", pa.large_binary()), ("dtype", pa.string()), ("width", pa.int32())]),
         ),
         pa.field("num_prompt_tokens", pa.int32(), nullable=False),
         pa.field(
@@ -112,6 +131,8 @@ SAMPLES = pa.schema(
                         ("trained", pa.bool_()),
                         ("parse_status", pa.string()),
                         ("label", pa.string()),
+                        ("logprob_basis", pa.string()),
+                        ("reward", pa.float64()),
                     ]
                 )
             ),
@@ -153,6 +174,7 @@ def turn_to_row(session_id: str, turn: Turn) -> dict[str, Any]:
         "logprobs": turn.logprobs.tobytes(),
     }
     values |= {c.name: to_json(values[c.name]) for c in TURNS if c.kind == "json"}
+    values |= {c.name: _pack(values[c.name]) for c in TURNS if c.kind == "packed"}
     if turn.parent_id is not None:
         values["tools"] = values["arguments"] = None
     return values
@@ -178,6 +200,9 @@ def _turn(row: Mapping[str, Any], parent: Turn | None) -> Turn:
         completion=_run(row["completion"]),
         logprobs=logprobs,
         versions=tuple(from_json(row["versions"], list[VersionSpan])),
+        logprob_basis=row["logprob_basis"],
+        support=_unpack(row["support"], Support),
+        routed_experts=_unpack(row["routed_experts"], RoutedExperts),
         finish_reason=row["finish_reason"],
         stop_id=row["stop_id"],
         messages=tuple(from_json(row["messages"], list[Message])),
@@ -204,6 +229,14 @@ def to_json(value: object) -> str:
 def from_json(text: str, type_: Any) -> Any:
     """The value back, as `type_`."""
     return msgspec.json.decode(text, type=type_)
+
+
+def _pack(value: object) -> bytes | None:
+    return None if value is None else msgspec.msgpack.encode(value)
+
+
+def _unpack(blob: bytes | None, type_: type[T]) -> T | None:
+    return None if blob is None else msgspec.msgpack.decode(blob, type=type_)
 
 
 def _run(blob: bytes) -> TokenRun:

@@ -11,6 +11,7 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from tokentape.schema import (
     SCHEMA_VERSION,
     SESSIONS,
     TURNS,
+    WEIGHTS,
     Column,
     create_table,
     from_json,
@@ -38,6 +40,7 @@ T = TypeVar("T")
 
 _PUT_SESSION = insert_into("sessions", SESSIONS).replace("INSERT", "REPLACE", 1)
 _PUT_TURN = insert_into("turns", TURNS)
+_PUT_VERSION = insert_into("weights", WEIGHTS).replace("INSERT", "INSERT OR IGNORE", 1)
 _PUT_FAILURE = insert_into("failures", FAILURES)
 
 
@@ -46,6 +49,8 @@ class SessionRecord:
     """A session without its turns.
 
     `state` is "open", "finished" or "sealed". `deadline` is in seconds since the epoch. None: no limit.
+    `group_id` names the episodes that are compared with each other. `turn_rewards` are by the turn's id,
+    `branch_rewards` by the id of the branch's last turn.
     """
 
     session_id: str
@@ -57,6 +62,9 @@ class SessionRecord:
     max_tokens: int | None = None
     deadline: float | None = None
     reward: float | None = None
+    group_id: str | None = None
+    turn_rewards: dict[str, float] = field(default_factory=dict[str, float])
+    branch_rewards: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +99,14 @@ class Store(Protocol):
 
     async def put_failure(self, session_id: str, failure: Failure) -> None:
         """Append a failure."""
+        ...
+
+    async def put_version(self, version: str) -> None:
+        """Remember that these weights have come, behind all others; nothing changes where they had."""
+        ...
+
+    async def versions(self) -> Sequence[str]:
+        """All weights that have come, oldest first."""
         ...
 
     async def delete(self, session_id: str) -> None:
@@ -183,6 +199,20 @@ class SQLiteStore:
         row = {"session_id": session_id, **_row(FAILURES[1:], failure)}
         await self._insert(_PUT_FAILURE, [row])
 
+    async def put_version(self, version: str) -> None:
+        """Remember that these weights have come, behind all others; nothing changes where they had."""
+        await self._insert(_PUT_VERSION, [{"version": version, "first_seen_at": time.time()}])
+
+    async def versions(self) -> Sequence[str]:
+        """All weights that have come, oldest first."""
+
+        def run(connection: sqlite3.Connection) -> Sequence[str]:
+            return [
+                row["version"] for row in connection.execute("SELECT version FROM weights ORDER BY rowid")
+            ]
+
+        return await self._do(run, writes=False)
+
     async def delete(self, session_id: str) -> None:
         """Remove a session and all that belongs to it."""
 
@@ -246,7 +276,8 @@ class SQLiteStore:
                 f"schema version {version}, but this tokentape knows {SCHEMA_VERSION}: "
                 "use the tokentape that wrote it"
             )
-        for name, columns in (("sessions", SESSIONS), ("turns", TURNS), ("failures", FAILURES)):
+        tables = {"sessions": SESSIONS, "turns": TURNS, "failures": FAILURES, "weights": WEIGHTS}
+        for name, columns in tables.items():
             if not self._readonly:
                 connection.execute(create_table(name, columns))
             names = ", ".join(c.name for c in columns)
@@ -349,6 +380,7 @@ def _row(columns: Sequence[Column], record: object) -> dict[str, Any]:
 
 def _record(row: sqlite3.Row) -> SessionRecord:
     values = {c.name: row[c.name] for c in SESSIONS}
-    values["metadata"] = from_json(row["metadata"], Json)
+    for name in ("metadata", "turn_rewards", "branch_rewards"):
+        values[name] = from_json(row[name], Json)
     values["sampling"] = from_json(row["sampling"], Sampling)
     return SessionRecord(**values)

@@ -13,7 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from tokentape.errors import InternalError
-from tokentape.types import Json, Message, Prompt, Sampling, TokenRun, VersionSpan
+from tokentape.types import Json, Message, Prompt, RoutedExperts, Sampling, Support, TokenRun, VersionSpan
 from tokentape.volatile import Superseded
 
 
@@ -32,6 +32,34 @@ class BranchReason(StrEnum):
     CHOICE = "choice"  # another choice of the same request (n > 1)
     FORKED = "forked"  # the turn it continues has been continued otherwise
     LABEL_CHANGED = "label_changed"  # of samples only: the turn goes on from another's under another label
+
+
+class LogprobBasis(StrEnum):
+    """Which distribution a turn's log-probabilities are of.
+
+    SGLang takes them after penalties, `logit_bias`, constraint and temperature, and before truncation. What a
+    trainer recomputes must be treated alike: see docs/training.md.
+    """
+
+    SAMPLED = "sampled"  # of the very distribution that the tokens were drawn from
+    UNTRUNCATED = "untruncated"  # before top-k, top-p and min-p cut it
+    GREEDY = "greedy"  # at temperature 1; the likeliest token was taken
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "LogprobBasis":
+        """The basis of a turn that was sampled so."""
+        if sampling.top_k == 1 or (sampling.temperature is not None and sampling.temperature < GREEDY_BELOW):
+            return cls.GREEDY
+        top_p, top_k, min_p = sampling.top_p or 1.0, sampling.top_k or -1, sampling.min_p or 0.0
+        return cls.UNTRUNCATED if top_p < 1 or top_k > 1 or min_p > 0 else cls.SAMPLED
+
+
+GREEDY_BELOW = 1e-6
+"""A lower temperature means: take the likeliest token (SGLang's own threshold)."""
+
+
+ITEM_BYTES = {"uint8": 1, "uint16": 2}
+"""Bytes of one entry of `RoutedExperts`, by its type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +100,10 @@ class Turn:
     thought. `stop_id` is the stop token at the completion's end, None where it has none. `tools` and
     `arguments` are the frame that the branch was rendered in. `attempts` are the tool-call attempts as data.
     `neutralised` are control tokens of untrusted content that were encoded as plain text. `superseded` are
-    volatile texts of the request that the recorded ones stand for (see `volatile`). `num_cached_tokens` of
+    volatile texts of the request that the recorded ones stand for (see `volatile`). `support` is None where
+    the engine was not asked. `routed_experts` are of the tokens from the parent's last sampled one (a root's:
+    from the first) to the last but one sampled here, so that those of a path, one after the other, are of all
+    its tokens but the last. `num_cached_tokens` of
     the prompt came from the engine's cache, None where it did not say. `created_at` is in seconds since the
     epoch.
     """
@@ -84,6 +115,9 @@ class Turn:
     completion: TokenRun
     logprobs: "array[float]"
     versions: tuple[VersionSpan, ...]
+    logprob_basis: str
+    support: Support | None
+    routed_experts: RoutedExperts | None
     finish_reason: str
     stop_id: int | None
     messages: tuple[Message, ...]
@@ -123,8 +157,27 @@ class Turn:
             at = span.end
         if at != size:
             raise InternalError(f"turn {self.turn_id}: version spans end at {at} of {size}")
+        self._verify_captured(size)
         if self.stop_id is not None and (not size or self.completion.ids[-1] != self.stop_id):
             raise InternalError(f"turn {self.turn_id}: the stop token is not the last sampled id")
+
+    def _verify_captured(self, size: int) -> None:
+        """Support and routed experts have a place for every token."""
+        if (support := self.support) is not None:
+            lengths, ids = array("i", support.lengths), array("i", support.ids)
+            if not len(lengths) == len(support.logprobs) // 4 == size or sum(lengths) != len(ids):
+                raise InternalError(f"turn {self.turn_id}: the captured support is not of {size} tokens")
+            end = 0
+            for at, length in enumerate(lengths):
+                if self.completion.ids[at] not in ids[end : end + length]:
+                    raise InternalError(f"turn {self.turn_id}: token {at} is not in its support")
+                end += length
+            if not all(math.isfinite(value) for value in array("f", support.logprobs)):
+                raise InternalError(f"turn {self.turn_id}: a log-probability in its support is not finite")
+        if (routed := self.routed_experts) is not None:
+            rows = len(self.prompt) + size - (self.parent_id is None)
+            if len(routed.data) != rows * routed.width * ITEM_BYTES[routed.dtype]:
+                raise InternalError(f"turn {self.turn_id}: routed experts are not of {rows} tokens")
 
 
 @dataclass(frozen=True, slots=True)

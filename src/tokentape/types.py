@@ -86,6 +86,29 @@ class VersionSpan:
     end: int
 
 
+class Support(msgspec.Struct, frozen=True):
+    """What truncation (top-k, top-p, min-p) left to draw each of C sampled tokens from.
+
+    `lengths` int32[C]: how many ids were kept at each place; `ids` int32: those ids, place after place;
+    `logprobs` float32[C] nats: of the sampled tokens under the distribution that was left. Little-endian.
+    """
+
+    lengths: bytes
+    ids: bytes
+    logprobs: bytes
+
+
+class RoutedExperts(msgspec.Struct, frozen=True):
+    """The experts that R tokens were sent to, one row a token, of `width` entries (layers x experts a token).
+
+    `data` [R, width] little-endian unsigned integers of `dtype`: "uint8" or "uint16".
+    """
+
+    data: bytes
+    dtype: str
+    width: int
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of one turn; the engine had `num_cached` of the prompt's (None: it did not say)."""

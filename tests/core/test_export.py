@@ -73,6 +73,10 @@ def test_a_row_to_the_letter() -> None:
     assert {k: v for k, v in row.items() if k not in ("messages", "tools", "sampling", "metadata")} == {
         "session_id": "s",
         "sample_id": "t3",
+        "group_id": None,
+        "sampling_logprobs": None,
+        "support": None,
+        "routed_experts": None,
         "branch_reason": "forked",
         "label": "main",
         "label_by": "inferred",
@@ -90,6 +94,8 @@ def test_a_row_to_the_letter() -> None:
                 "trained": False,
                 "parse_status": "ok",
                 "label": "main",
+                "logprob_basis": "sampled",
+                "reward": None,
             },
             {
                 "turn_id": "t3",
@@ -99,6 +105,8 @@ def test_a_row_to_the_letter() -> None:
                 "trained": True,
                 "parse_status": "ok",
                 "label": "main",
+                "logprob_basis": "sampled",
+                "reward": None,
             },
         ],
         "reward": 0.0,

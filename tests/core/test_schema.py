@@ -24,7 +24,7 @@ from tokentape.schema import (
 )
 from tokentape.store import Failure, SessionRecord
 from tokentape.tape import Origin, Turn
-from tokentape.types import Message, Sampling, TokenRun, ToolCall, VersionSpan
+from tokentape.types import Message, RoutedExperts, Sampling, Support, TokenRun, ToolCall, VersionSpan
 from tokentape.volatile import Superseded
 
 TEXT = st.text(max_size=8)  # hypothesis leaves surrogates out of text()
@@ -83,6 +83,11 @@ def turns(draw: st.DrawFn) -> Turn:
             ),
         ),
         versions=tuple(VersionSpan(draw(TEXT), i, i + 1) for i in range(size)),
+        logprob_basis=draw(TEXT),
+        support=draw(st.none() | st.builds(Support, *[st.binary(max_size=8)] * 3)),
+        routed_experts=draw(
+            st.none() | st.builds(RoutedExperts, st.binary(max_size=8), TEXT, st.integers(0, 64))
+        ),
         finish_reason=draw(TEXT),
         stop_id=draw(st.none() | st.integers(0, 2**31 - 1)),
         messages=tuple(draw(st.lists(MESSAGE, max_size=2))),
@@ -212,11 +217,14 @@ def test_the_sample_columns_are_those_of_the_design() -> None:
             ("trained", pa.bool_()),
             ("parse_status", pa.string()),
             ("label", pa.string()),
+            ("logprob_basis", pa.string()),
+            ("reward", pa.float64()),
         ]
     )
     expected = {
         "session_id": pa.string(),
         "sample_id": pa.string(),
+        "group_id": pa.string(),
         "branch_reason": pa.string(),
         "label": pa.string(),
         "label_by": pa.string(),
@@ -224,6 +232,11 @@ def test_the_sample_columns_are_those_of_the_design() -> None:
         "loss_mask": pa.list_(pa.int8()),
         "logprobs": pa.list_(pa.float32()),
         "weight_versions": pa.list_(span),
+        "sampling_logprobs": pa.list_(pa.float32()),
+        "support": pa.list_(pa.list_(pa.int32())),
+        "routed_experts": pa.struct(
+            [("data", pa.large_binary()), ("dtype", pa.string()), ("width", pa.int32())]
+        ),
         "num_prompt_tokens": pa.int32(),
         "turns": pa.list_(of_turn),
         "reward": pa.float64(),
@@ -234,4 +247,6 @@ def test_the_sample_columns_are_those_of_the_design() -> None:
         "metadata": pa.string(),
     }
     assert dict(zip(SAMPLES.names, SAMPLES.types, strict=True)) == expected
-    assert [field.name for field in SAMPLES if field.nullable] == ["reward"]
+    assert [field.name for field in SAMPLES if field.nullable] == [
+        "group_id", "sampling_logprobs", "support", "routed_experts", "reward",
+    ]  # fmt: skip

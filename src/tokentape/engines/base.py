@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from tokentape.types import Prompt, Sampling, VersionSpan
+from tokentape.types import Prompt, RoutedExperts, Sampling, Support, VersionSpan
 
 FinishReason = Literal["stop", "length"]
 
@@ -16,7 +16,9 @@ class GenerateRequest:
     `rid` names it for an abort and must not be used again: two seconds after a stream has ended, SGLang
     aborts whatever runs under its rid (observed). `sampling.max_tokens` must be set: engines have surprising
     defaults (SGLang's is 128). With `stream` the tokens are yielded as they are sampled, else at once. With
-    `num_top_logprobs` every sampled token comes with that many of the engine's likeliest.
+    `num_top_logprobs` every sampled token comes with that many of the engine's likeliest. The result has
+    `support` where it is asked for, and the `routed_experts` of all tokens but the last from place
+    `experts_from` on.
     """
 
     rid: str
@@ -24,6 +26,8 @@ class GenerateRequest:
     sampling: Sampling
     stream: bool = False
     num_top_logprobs: int = 0
+    capture_support: bool = False
+    experts_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ class GenerateResult:
     matched: int | str | None
     versions: tuple[VersionSpan, ...]
     num_cached_tokens: int | None
+    support: Support | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True, slots=True)

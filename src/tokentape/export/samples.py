@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from tokentape.errors import ConfigError, InternalError
 from tokentape.schema import SAMPLES, to_json
 from tokentape.store import SessionRecord, Store
-from tokentape.tape import Tape, Turn
+from tokentape.tape import Tape, Turn, TurnSpan
 from tokentape.tree import Tree
-from tokentape.types import Json, Message, ToolCall
+from tokentape.types import Json, Message, Support, ToolCall
 
 
 def samples(record: SessionRecord, tapes: Sequence[Tape]) -> pa.RecordBatch:
@@ -140,10 +140,14 @@ def _scalars(record: SessionRecord, tape: Tape) -> Json:
     return {
         "session_id": record.session_id,
         "sample_id": leaf.turn_id,
+        "group_id": record.group_id,
         "branch_reason": tape.branch_reason,
         "label": tape.label.name,
         "label_by": tape.label.by,
         "weight_versions": [{"version": v.version, "start": v.start, "end": v.end} for v in tape.versions],
+        "sampling_logprobs": _sampling_logprobs(tape),
+        "support": _support(tape),
+        "routed_experts": _routed_experts(path),
         "num_prompt_tokens": tape.num_prompt_tokens,
         "turns": [
             {
@@ -154,16 +158,62 @@ def _scalars(record: SessionRecord, tape: Tape) -> Json:
                 "trained": span.trained,
                 "parse_status": span.turn.parse_status,
                 "label": span.label.name,
+                "logprob_basis": span.turn.logprob_basis,
+                "reward": record.turn_rewards.get(span.turn.turn_id),
             }
             for span in tape.turns
         ],
-        "reward": record.reward,
+        "reward": record.branch_rewards.get(leaf.turn_id, record.reward),
         "truncated": leaf.finish_reason == "length",
         "messages": to_json(conversation),
         "tools": to_json(leaf.tools),
         "sampling": to_json([turn.sampling for turn in path]),
         "metadata": to_json(metadata),
     }
+
+
+def _captured(tape: Tape) -> list[tuple[TurnSpan, Support]]:
+    """What truncation left, where this tape trains the turn and the engine was asked."""
+    return [
+        (span, span.turn.support) for span in tape.turns if span.trained and span.turn.support is not None
+    ]
+
+
+def _sampling_logprobs(tape: Tape) -> list[float | None] | None:
+    captured = _captured(tape)
+    if not captured:
+        return None
+    out: list[float | None] = [None] * len(tape)
+    for span, support in captured:
+        out[span.start : span.end] = array("f", support.logprobs)
+    return out
+
+
+def _support(tape: Tape) -> list[list[int] | None] | None:
+    captured = _captured(tape)
+    if not captured:
+        return None
+    out: list[list[int] | None] = [None] * len(tape)
+    for span, support in captured:
+        ids, end = array("i", support.ids).tolist(), 0
+        for at, length in enumerate(array("i", support.lengths), start=span.start):
+            out[at], end = ids[end : end + length], end + length
+    return out
+
+
+def _routed_experts(path: Sequence[Turn]) -> Json | None:
+    """The rows of a path's turns one after the other, N-1 of them; None where a turn has none."""
+    routed = [turn.routed_experts for turn in path if turn.routed_experts is not None]
+    if len(routed) < len(path):
+        return None
+    width = routed[0].width
+    if any(one.width != width for one in routed):  # another model
+        return None
+    dtype = max((one.dtype for one in routed), key=len)  # the wider one: uint8, uint16
+    data = b"".join(
+        one.data if one.dtype == dtype else array("H", list(one.data)).tobytes() for one in routed
+    )
+    return {"data": data, "dtype": dtype, "width": width}
 
 
 def _notes(path: Sequence[Turn]) -> Json:

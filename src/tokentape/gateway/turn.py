@@ -25,7 +25,7 @@ from tokentape.metrics import Metrics
 from tokentape.parse import ArgumentsDelta, CallDelta, ParseEvent, Parser, ParseResult, SaidEvent
 from tokentape.render import Renderer
 from tokentape.store import Store
-from tokentape.tape import Turn, prompt_after
+from tokentape.tape import LogprobBasis, Turn, prompt_after
 from tokentape.tokenizer import TextStream
 from tokentape.tree import BranchReason
 from tokentape.types import Json, Message, Prompt, Sampling, TokenRun, Usage
@@ -305,6 +305,9 @@ class Turns:
             completion=TokenRun(result.completion_ids),
             logprobs=array("f", result.logprobs),
             versions=result.versions,
+            logprob_basis=LogprobBasis.of(plan.sampling).value,
+            support=result.support,
+            routed_experts=result.routed_experts,
             finish_reason=result.finish_reason,
             stop_id=self._stop_id(result),
             messages=plan.new,
