@@ -1,5 +1,9 @@
 """A sample as exporters read it: the columns of a row, and the few ways in which trainers cut it up."""
 
+import base64
+import math
+import sys
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +34,40 @@ class Split:
     response_logprobs: list[float | None]
 
 
+_EXPERT_CODES: Mapping[str, str] = {"uint8": "B", "uint16": "H", "int32": "i"}
+
+
+def checked(row: Row) -> Row:
+    """The sample itself, if a trainer may have it: arrays of one length, log-probabilities where it trains.
+
+    Every exporter reads through this: what is missing is said here, and never filled.
+
+    Raises:
+        ConfigError: the arrays disagree, a trained token has no finite log-probability, another has one, or
+            the first prompt is trained.
+    """
+    name, mask, logprobs = f"sample {row['sample_id']}", row["loss_mask"], row["logprobs"]
+    if not len(row["token_ids"]) == len(mask) == len(logprobs):
+        raise ConfigError(f"{name}: token_ids, loss_mask and logprobs are not of one length")
+    for at, (trained, logprob) in enumerate(zip(mask, logprobs, strict=True)):
+        if trained not in (0, 1):
+            raise ConfigError(f"{name}: loss_mask[{at}] is {trained!r}, not 0 or 1")
+        if trained and (logprob is None or not math.isfinite(logprob)):
+            raise ConfigError(f"{name}: token {at} is trained, its log-probability is {logprob!r}")
+        if not trained and logprob is not None:
+            raise ConfigError(f"{name}: token {at} is not trained, but has a log-probability")
+    if not 0 <= row["num_prompt_tokens"] <= len(mask) or any(mask[: row["num_prompt_tokens"]]):
+        raise ConfigError(f"{name}: num_prompt_tokens {row['num_prompt_tokens']} does not fit the mask")
+    return row
+
+
 def split(row: Row) -> Split:
-    """Cut a sample behind its first turn's prompt; what later turns were given is in the response."""
+    """Cut a sample behind its first turn's prompt; what later turns were given is in the response.
+
+    Raises:
+        ConfigError: the sample is not sound (`checked`).
+    """
+    checked(row)
     at = row["num_prompt_tokens"]
     return Split(row["token_ids"][:at], row["token_ids"][at:], row["loss_mask"][at:], row["logprobs"][at:])
 
@@ -59,6 +95,38 @@ def turn_rewards_of(row: Row) -> list[float]:
         if turn["trained"] and turn["reward"] is not None and turn["end"] > turn["start"]:
             out[turn["end"] - 1] += turn["reward"]
     return out
+
+
+def experts_of(row: Row, experts_per_token: int | None) -> list[list[list[int]]] | None:
+    """The experts of all tokens but the last, int[N-1][layers][experts_per_token]; None where not captured.
+
+    A sample holds one flat row a token, and how many experts a token has is not in it.
+
+    Raises:
+        ConfigError: `experts_per_token` is not given or does not divide the row, or there are not N-1 rows.
+    """
+    routed = row["routed_experts"]
+    if routed is None:
+        return None
+    name, width = f"sample {row['sample_id']}", routed["width"]
+    if experts_per_token is None:
+        raise ConfigError(
+            f"{name} has routed experts, {width} a token over all layers: say experts_per_token, the experts "
+            "that a token is sent to in each layer"
+        )
+    if width < 1 or experts_per_token < 1 or width % experts_per_token:
+        raise ConfigError(f"{name}: {width} routed experts a token are no multiple of {experts_per_token}")
+    data = routed["data"]
+    values = array(_EXPERT_CODES[routed["dtype"]], base64.b64decode(data) if isinstance(data, str) else data)
+    if sys.byteorder == "big":
+        values.byteswap()
+    if len(values) != (len(row["token_ids"]) - 1) * width:
+        raise ConfigError(f"{name}: routed_experts is not of {len(row['token_ids']) - 1} tokens")
+    flat, step = values.tolist(), experts_per_token
+    return [
+        [flat[at : at + step] for at in range(start, start + width, step)]
+        for start in range(0, len(flat), width)
+    ]
 
 
 def messages_of(row: Row) -> list[Json]:
