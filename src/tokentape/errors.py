@@ -9,6 +9,7 @@
     │   ├── NotFound                     404      no      no such session, turn or route
     │   ├── SessionClosed                409      no      the session is finished or sealed
     │   ├── SessionExists                409      no      a session of that id is there already
+    │   ├── NotPaused                    409      no      weights cannot be named while they sample
     │   ├── LimitReached                 400      no      the session has used up its turns or tokens
     │   └── TooLarge                     413      no      the body exceeds the limit
     ├── EngineError                      502      no      the engine did not do what was asked
@@ -95,6 +96,12 @@ class SessionClosed(RequestError):
 
 class SessionExists(RequestError):
     """A session of that id is there already."""
+
+    status = 409
+
+
+class NotPaused(RequestError):
+    """Weights cannot be given a name while they sample: nobody would know which token is whose."""
 
     status = 409
 

@@ -11,6 +11,7 @@ A session takes its turns on the event loop that opened the recorder.
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from tokentape.formats import Format
 from tokentape.gateway import chat, control
 from tokentape.gateway.fields import session_sampling
 from tokentape.gateway.parts import Gateway, GatewayConfig, PartsConfig, parts
-from tokentape.gateway.sessions import Session, new_session_id
+from tokentape.gateway.sessions import Credit, Session, new_session_id
 from tokentape.render import History
 from tokentape.store import SessionRecord
 from tokentape.tape import Turn
@@ -169,20 +170,48 @@ class RecordedSession:
 
             return clients.sync_anthropic(self._agent(), self._recorder.loop, options)
 
-    async def finish(self, reward: float | None = None, metadata: Mapping[str, Any] | None = None) -> Json:
-        """Close the session and return its summary. Finishing again changes nothing.
+    async def reward(
+        self,
+        reward: float | None = None,
+        *,
+        turns: Mapping[str, float | None] | None = None,
+        branches: Mapping[str, float | None] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Json:
+        """Add rewards while the session is open, and return its summary.
+
+        `reward` is the session's. `turns` are by turn id, `branches` by the id of the branch's last turn, and
+        stand in the session's place there; None takes one back.
 
         Raises:
-            SessionClosed: it is finished with another reward or other metadata.
+            SessionClosed: the session is finished.
+            RequestError: a reward is not finite, or for a turn or a branch that is not there.
         """
-        body = control.read_body(_encode({"reward": reward, "metadata": metadata or {}}), control.Finish)
-        session = await self._opened()
-        await self._recorder.gateway.sessions.finish(session, body.reward, body.metadata)
-        return session.summary()
+        gateway, session = self._recorder.gateway, await self._opened()
+        await gateway.sessions.credit(session, _credit(reward, turns, branches, metadata))
+        return gateway.summary(session)
+
+    async def finish(
+        self,
+        reward: float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        turns: Mapping[str, float | None] | None = None,
+        branches: Mapping[str, float | None] | None = None,
+    ) -> Json:
+        """Close the session, rewards as in `reward`, and return its summary. Again it changes nothing.
+
+        Raises:
+            SessionClosed: it is finished with other rewards or other metadata.
+            RequestError: as in `reward`.
+        """
+        gateway, session = self._recorder.gateway, await self._opened()
+        await gateway.sessions.finish(session, _credit(reward, turns, branches, metadata))
+        return gateway.summary(session)
 
     async def summary(self) -> Json:
-        """State, and counts of turns, branches, tokens and failures."""
-        return (await self._opened()).summary()
+        """State, counts of turns, branches, tokens and failures, the weights that sampled, rewards."""
+        return self._recorder.gateway.summary(await self._opened())
 
     async def samples(self) -> list[Json]:
         """The session's samples so far, one a branch: the columns of an export, each row a dict."""
@@ -231,13 +260,14 @@ class Recorder:
         max_turns: int | None = None,
         max_tokens: int | None = None,
         deadline_s: float | None = None,
+        group_id: str | None = None,
     ) -> RecordedSession:
         """A session for one episode.
 
         An open session of this id in the store is continued: it keeps its metadata and its deadline, and
         `sampling` and limits, where given, must be those that it has. `sampling` are fields of a chat request
         that hold where a request does not say otherwise; `max_tokens` bounds all sampled tokens together;
-        `deadline_s` counts from the session's first use.
+        `deadline_s` counts from the session's first use. `group_id` names the episodes that are compared.
 
         Raises:
             RequestError: a setting cannot be used; id, sampling and metadata are checked at the first use.
@@ -250,6 +280,7 @@ class Recorder:
             "max_turns": max_turns,
             "max_tokens": max_tokens,
             "deadline_s": deadline_s,
+            "group_id": group_id,
         }
         return RecordedSession(self, control.read_body(_encode(settings), control.Create), session_id)
 
@@ -348,6 +379,19 @@ def _encode(value: Json) -> bytes:
         return msgspec.json.encode(value, enc_hook=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"this cannot be written as JSON: {error}") from error
+
+
+def _credit(
+    reward: float | None,
+    turns: Mapping[str, float | None] | None,
+    branches: Mapping[str, float | None] | None,
+    metadata: Mapping[str, Any] | None,
+) -> Credit:
+    for value in (reward, *(turns or {}).values(), *(branches or {}).values()):
+        if value is not None and not math.isfinite(value):  # JSON would make it a null: no reward at all
+            raise RequestError(f"a reward must be a finite number, not {value}", param="reward")
+    given = {"reward": reward, "turn_rewards": turns, "branch_rewards": branches, "metadata": metadata}
+    return control.read_body(_encode({k: v for k, v in given.items() if v is not None}), Credit)
 
 
 def _check_same(create: control.Create, record: SessionRecord) -> None:

@@ -23,6 +23,7 @@ class Metrics:
         self.foreign_calls = counter(
             "foreign_calls", "Turns with another format's call in the text", "format"
         )
+        self.resumed = counter("resumed", "Generations that went on after an abort, each time")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of committed turns")
         self.cached_tokens = counter("cached_tokens", "Prompt tokens that the engine had cached")
         self.sampled_tokens = counter("sampled_tokens", "Sampled tokens of committed turns")

@@ -94,6 +94,7 @@ FAILURES = (
 WEIGHTS = (  # every version ever seen, in the order of its coming: the rows' own
     Column("version", "text", key=True),
     Column("first_seen_at", "real"),
+    Column("said_by", "text"),  # "engine" or "caller"
 )
 
 SAMPLES = pa.schema(

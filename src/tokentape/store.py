@@ -101,12 +101,12 @@ class Store(Protocol):
         """Append a failure."""
         ...
 
-    async def put_version(self, version: str) -> None:
+    async def put_version(self, version: str, said_by: str) -> None:
         """Remember that these weights have come, behind all others; nothing changes where they had."""
         ...
 
-    async def versions(self) -> Sequence[str]:
-        """All weights that have come, oldest first."""
+    async def versions(self) -> Sequence[tuple[str, str]]:
+        """All weights that have come, oldest first, each with who said so: "engine" or "caller"."""
         ...
 
     async def delete(self, session_id: str) -> None:
@@ -199,17 +199,17 @@ class SQLiteStore:
         row = {"session_id": session_id, **_row(FAILURES[1:], failure)}
         await self._insert(_PUT_FAILURE, [row])
 
-    async def put_version(self, version: str) -> None:
+    async def put_version(self, version: str, said_by: str) -> None:
         """Remember that these weights have come, behind all others; nothing changes where they had."""
-        await self._insert(_PUT_VERSION, [{"version": version, "first_seen_at": time.time()}])
+        row = {"version": version, "first_seen_at": time.time(), "said_by": said_by}
+        await self._insert(_PUT_VERSION, [row])
 
-    async def versions(self) -> Sequence[str]:
-        """All weights that have come, oldest first."""
+    async def versions(self) -> Sequence[tuple[str, str]]:
+        """All weights that have come, oldest first, each with who said so: "engine" or "caller"."""
 
-        def run(connection: sqlite3.Connection) -> Sequence[str]:
-            return [
-                row["version"] for row in connection.execute("SELECT version FROM weights ORDER BY rowid")
-            ]
+        def run(connection: sqlite3.Connection) -> Sequence[tuple[str, str]]:
+            rows = connection.execute("SELECT version, said_by FROM weights ORDER BY rowid")
+            return [(row["version"], row["said_by"]) for row in rows]
 
         return await self._do(run, writes=False)
 

@@ -233,6 +233,14 @@ class Tape:
         return len(self.token_ids)
 
 
+def version_order(versions: Sequence[str]) -> dict[str, int]:
+    """Each version's place, the oldest first: by number where all are integers, else as they have come."""
+    known = list(dict.fromkeys(versions))
+    if all(version.isdecimal() for version in known):
+        known.sort(key=int)
+    return {version: place for place, version in enumerate(known)}
+
+
 def lay_out(path: Sequence[Turn], trained: Container[str], labels: Mapping[str, Label]) -> Tape:
     """The tape of a path from a root; turns whose id is in `trained` get mask 1 here."""
     ids, mask, logprobs = array("i"), array("b"), array("f")

@@ -155,6 +155,10 @@ class Tree:
         self._nodes: dict[str, _Node] = {}
         self._labels = Labels()
 
+    def __contains__(self, turn_id: str) -> bool:
+        """Whether a turn of this id is committed."""
+        return turn_id in self._nodes
+
     def __len__(self) -> int:
         return len(self._nodes)
 

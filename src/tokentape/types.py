@@ -97,6 +97,15 @@ class Support(msgspec.Struct, frozen=True):
     ids: bytes
     logprobs: bytes
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Support | None]") -> "Support | None":
+        """That of tokens that were sampled in parts; None where one has none."""
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
+            return None
+        columns = (b"".join(getattr(part, name) for part in known) for name in cls.__struct_fields__)
+        return cls(*columns)
+
 
 class RoutedExperts(msgspec.Struct, frozen=True):
     """The experts that R tokens were sent to, one row a token, of `width` entries (layers x experts a token).
@@ -107,6 +116,22 @@ class RoutedExperts(msgspec.Struct, frozen=True):
     data: bytes
     dtype: str
     width: int
+
+    @classmethod
+    def joined(cls, parts: "Sequence[RoutedExperts | None]") -> "RoutedExperts | None":
+        """The rows of several parts, one after the other, in the wider type.
+
+        None where one has none, or they are of models with other numbers of entries.
+        """
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts) or len({part.width for part in known}) > 1:
+            return None
+        wide = any(part.dtype == "uint16" for part in known)
+        data = (
+            array("H", list(part.data)).tobytes() if wide and part.dtype == "uint8" else part.data
+            for part in known
+        )
+        return cls(b"".join(data), "uint16" if wide else "uint8", known[0].width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from tokentape.gateway import chat, sessions
 from tokentape.gateway.api import Answering
 from tokentape.gateway.parts import Gateway as Parts
 from tokentape.gateway.parts import PartsConfig, parts
-from tokentape.gateway.sessions import Memo, Session
+from tokentape.gateway.sessions import Credit, Memo, Session
 from tokentape.testing import FakeEngine, FakeSGLang, Reply
 
 FIRST = {"x-stainless-retry-count": "0"}
@@ -131,7 +131,7 @@ async def test_a_second_stop_does_not_disturb_the_first(model_dir: Path) -> None
         await engine.started.wait()
         task.cancel()
         await asyncio.sleep(0.01)
-        await gateway.sessions.finish(session, None, {})
+        await gateway.sessions.finish(session, Credit())
         assert engine.num_stopped == 1
         assert sum(session.failures.values()) == 1
 

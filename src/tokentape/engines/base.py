@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from tokentape.types import Prompt, RoutedExperts, Sampling, Support, VersionSpan
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,9 @@ class GenerateResult:
     """The end of one generation: what has been checked about it. The tokens came in the chunks before.
 
     `completion_ids` int[C], `logprobs` float[C] nats, every one finite; `versions` cover 0:C without gap or
-    overlap. `matched` is what stopped it: an id (that is the last of `completion_ids`), a string, or None.
-    `num_cached_tokens` of the prompt came from the prefix cache, None where the engine does not say.
+    overlap. C ≥ 1, but for "abort": the generation was ended on the engine before it was done. `matched` is
+    what stopped it: an id (that is the last of `completion_ids`), a string, or None. `num_cached_tokens` of
+    the prompt came from the prefix cache, None where the engine does not say.
     """
 
     completion_ids: list[int]
@@ -86,6 +87,10 @@ class Engine(Protocol):
         The chunks' tokens, concatenated, are the result's. Closing the iterator early, or cancelling the task
         that reads it, aborts the generation on the engine: read it inside `contextlib.aclosing`.
         """
+        ...
+
+    async def interrupt(self) -> None:
+        """End all generations under way: each yields the tokens it has, and a result that says "abort"."""
         ...
 
     async def info(self) -> EngineInfo:

@@ -20,6 +20,7 @@ import msgspec
 from tokentape import errors
 from tokentape.engines import sglang_protocol as protocol
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.engines.sglang_errors import error_message, lost, refusal
 from tokentape.engines.sse import SSEDecoder
 
 _logger = logging.getLogger(__name__)
@@ -108,15 +109,15 @@ class SGLangEngine:
             response = await patience.wait(self._post("/generate", body), 0)
             if response.status != 200:
                 completion.settled = True
-                said = protocol.error_message(await patience.wait(response.read(), 0))
-                raise completion.refusal(response.status, said)
+                said = error_message(await patience.wait(response.read(), 0))
+                raise completion.refused(response.status, said)
             if request.stream:
                 _check_is_stream(response)
                 decoder = SSEDecoder()
                 while not completion.done:
                     data = await patience.wait(response.content.readany(), completion.num_tokens)
                     if not data:
-                        raise protocol.lost("the stream ended before [DONE]", completion.num_tokens)
+                        raise lost("the stream ended before [DONE]", completion.num_tokens)
                     for payload in decoder.feed(data):
                         if (chunk := completion.feed(payload)) is not None:
                             yield chunk
@@ -133,9 +134,7 @@ class SGLangEngine:
             limit = f"{self.config.connect_timeout_s:g} s (connect_timeout_s)"
             raise errors.EngineUnavailable(f"no connection to {self._url} within {limit}") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise protocol.lost(
-                f"connection to {self._url} lost: {_name(error)}", completion.num_tokens
-            ) from error
+            raise lost(f"connection to {self._url} lost: {_name(error)}", completion.num_tokens) from error
         finally:
             if response is not None:
                 response.close()  # gives a connection read to its end back to the pool, closes any other
@@ -144,6 +143,10 @@ class SGLangEngine:
             if not completion.settled and not self._closed:
                 self._abort_soon(rid)
         yield completion.result()  # out here, so that a consumer who is busy with it holds no connection
+
+    async def interrupt(self) -> None:
+        """End all generations under way: each yields the tokens it has, and a result that says "abort"."""
+        await asyncio.gather(*(self._abort(rid) for rid in tuple(self._running)))
 
     async def info(self) -> EngineInfo:
         """Ask the engine who it is; None for what it does not say.
@@ -158,7 +161,7 @@ class SGLangEngine:
         if model is None:  # the older name, deprecated since
             model = await self._get("/get_model_info", protocol.ModelInfo)
         if model is None:
-            raise protocol.refusal(404, "neither /model_info nor /get_model_info exists")
+            raise refusal(404, "neither /model_info nor /get_model_info exists")
         cards = await self._get("/v1/models", protocol.Models)
         length = (
             next((card.max_model_len for card in cards.data if card.max_model_len), None) if cards else None
@@ -232,7 +235,7 @@ class SGLangEngine:
         if response.status in (404, 405):
             return None
         if response.status != 200:
-            raise protocol.refusal(response.status, protocol.error_message(body))
+            raise refusal(response.status, error_message(body))
         try:
             return msgspec.json.decode(body, type=answer)
         except msgspec.MsgspecError as error:

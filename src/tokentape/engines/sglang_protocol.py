@@ -1,5 +1,7 @@
 """SGLang's native protocol, sans-IO: bodies out, answers in. The only file that names its fields.
 
+What its refusals mean is `engines/sglang_errors.py`'s.
+
 Facts were observed on SGLang 0.5.23 unless marked (source), which were read in that release's code.
 """
 
@@ -12,8 +14,10 @@ import msgspec
 
 from tokentape import errors
 from tokentape.engines.base import FinishReason, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.engines.captured import read_experts, read_support
 from tokentape.engines.growing import GrowingList
-from tokentape.types import VersionSpan
+from tokentape.engines.sglang_errors import code_of, find_message, lost, refusal
+from tokentape.types import RoutedExperts, Support, VersionSpan
 
 # A log-probability is at most 0. Rounding of `logit - logsumexp` in float32 stays below 1e-4 for logits up to
 # 800; what lies in between is kept as sent, never clamped.
@@ -27,8 +31,6 @@ _CONSTRAINT_REFUSED = re.compile(
     r"|Grammar accept_token failed|(?:json_schema|structural_tag) is not supported"
 )
 _NOT_HELD = "the engine cannot hold the reply to what was asked of it"
-_CONTEXT_LENGTH = re.compile(r"(?:context length \(|maximum context length of )(\d+) tokens")
-_PROMPT_LENGTH = re.compile(r"input \((\d+) tokens\)|(\d+) tokens from the input")
 
 
 def wire_rid(rid: str) -> str:
@@ -93,6 +95,10 @@ def encode_request(request: GenerateRequest, rid: str, vocab_size: int, stream_i
     }
     if request.num_top_logprobs:
         fields["top_logprobs_num"] = request.num_top_logprobs
+    if request.capture_support:
+        fields["return_sampling_mask"] = True
+    if request.experts_from is not None:
+        fields |= {"return_routed_experts": True, "routed_experts_start_len": request.experts_from}
     rest = msgspec.json.encode(fields)
     return b"".join((b'{"input_ids":', request.prompt.to_json(), b",", rest[1:]))
 
@@ -149,6 +155,9 @@ class _Meta(msgspec.Struct):
     # Left as text: in a cumulative stream all but the end of it was decoded with the event before.
     output_token_logprobs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     output_top_logprobs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    output_token_sampling_mask: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    output_token_sampling_logprobs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    routed_experts: str | None = None
 
 
 class _Answer(msgspec.Struct):  # of /generate, whole or one event
@@ -198,6 +207,10 @@ class Completion:
 
     __slots__ = (
         "_finish",
+        "_kept",
+        "_kept_list",
+        "_kept_logprobs",
+        "_kept_logprobs_list",
         "_logprobs_list",
         "_meta",
         "_request",
@@ -222,6 +235,10 @@ class Completion:
         self._version: str | None = None
         self._logprobs_list = GrowingList("output_token_logprobs", _Triple)
         self._top_list = GrowingList("output_top_logprobs", _Tops)
+        self._kept_list = GrowingList("output_token_sampling_mask", list[int])
+        self._kept_logprobs_list = GrowingList("output_token_sampling_logprobs", float)
+        self._kept: list[list[int]] = []
+        self._kept_logprobs: list[float] = []
 
     @property
     def _is_constrained(self) -> bool:
@@ -249,7 +266,7 @@ class Completion:
             self._disagree(f"the answer is not SGLang's: {error}; it begins {payload[:80]!r}")
         if answer.error is not None:
             self.settled = True
-            raise self.refusal(_code_of(answer.error), _find_message(answer.error))
+            raise self.refused(code_of(answer.error), find_message(answer.error))
         meta = answer.meta_info
         if meta is None:
             self._disagree("meta_info is missing")
@@ -257,9 +274,8 @@ class Completion:
             self._disagree("an event followed the one with finish_reason")
         if meta.finish_reason is not None:
             self.settled = True
-            # First: an aborted answer may lack counts, and its output_ids may repeat its last token (source).
             if meta.finish_reason.type == "abort":
-                raise self._aborted(meta.finish_reason)
+                return self._abort(answer.output_ids, meta, meta.finish_reason)
         chunk = self._grow(answer.output_ids, meta)
         self._finish, self._meta = meta.finish_reason, meta
         return chunk
@@ -269,13 +285,42 @@ class Completion:
         finish, meta = self._finish, self._meta
         if finish is None:
             self._disagree("finish_reason is null at the end")
-        if not self.ids:
+        if not self.ids and finish.type != "abort":
             self._disagree(f"finish_reason is {finish.type!r} but no token was sampled")
         num_cached, num_prompt = meta.cached_tokens, len(self._request.prompt)
         if num_cached is not None and not 0 <= num_cached <= num_prompt:
             self._disagree(f"cached_tokens is {num_cached} for a prompt of {num_prompt} tokens")
         reason = self._check_finish(finish)
-        return GenerateResult(self.ids, self.logprobs, reason, finish.matched, self._spans(), num_cached)
+        return GenerateResult(
+            self.ids,
+            self.logprobs,
+            reason,
+            finish.matched,
+            self._spans() if self.ids else (),
+            num_cached,
+            self._support(),
+            self._experts(),
+        )
+
+    def _support(self) -> Support | None:
+        if not self._request.capture_support:
+            return None
+        return read_support(self._kept, self._kept_logprobs)
+
+    def _experts(self) -> RoutedExperts | None:
+        """Those of the tokens from the asked place to the last but one."""
+        start = self._request.experts_from
+        num_rows = 0 if start is None else len(self._request.prompt) + len(self.ids) - 1 - start
+        if start is None or not num_rows:
+            return None
+        if self._meta.routed_experts is None:
+            if not self.ids:  # aborted before anything was computed
+                return None
+            self._disagree(
+                "routed_experts is missing: the server needs --enable-return-routed-experts, "
+                "and its model experts"
+            )
+        return read_experts(self._meta.routed_experts, num_rows)
 
     def _grow(self, ids: list[int] | None, meta: _Meta) -> TokenChunk | None:
         num_seen, num_total, num_prompt = len(self.ids), meta.completion_tokens, len(self._request.prompt)
@@ -304,6 +349,8 @@ class Completion:
         top: list[list[tuple[int, float]]] | None = None
         if self._request.num_top_logprobs:
             top = self._new_top(bytes(meta.output_top_logprobs), new, new_logprobs)
+        if self._request.capture_support:
+            self._grow_support(meta, new)
         self._version = meta.weight_version if self._version in (None, meta.weight_version) else ""
         if not new:
             return None
@@ -348,8 +395,21 @@ class Completion:
             checked.append(pairs)
         return checked
 
+    def _grow_support(self, meta: _Meta, new: list[int]) -> None:
+        """What truncation left at the places of `new`: the sampled token is always in it."""
+        kept = self._kept_list.feed(bytes(meta.output_token_sampling_mask), len(new))
+        logprobs = self._kept_logprobs_list.feed(bytes(meta.output_token_sampling_logprobs), len(new))
+        for at, (ids, token, logprob) in enumerate(zip(kept, new, logprobs, strict=True)):
+            if token not in ids or not _MIN_LOGPROB < logprob <= _MAX_LOGPROB:
+                where = f"token {self.num_tokens + at}, id {token}"
+                self._disagree(f"output_token_sampling_mask of {where}: {ids[:8]}, log-probability {logprob}")
+        self._kept += kept
+        self._kept_logprobs += logprobs
+
     def _check_finish(self, finish: _Finish) -> FinishReason:
         count, matched = len(self.ids), finish.matched
+        if finish.type == "abort":
+            return "abort"
         if finish.type == "length":
             # Fewer than asked for is possible: SGLang lowers the limit to what its cache holds (source).
             if finish.length is not None and finish.length != count:
@@ -381,15 +441,22 @@ class Completion:
             self._disagree(f"weight_versions cover {end} of {count} tokens")
         return tuple(VersionSpan(span.version, span.start, span.end) for span in sent)
 
-    def _aborted(self, finish: _Finish) -> errors.TokentapeError:
-        """SGLang also says `abort`, with a status, for its own failures."""
-        message = finish.message or "aborted"
-        if finish.status_code is None:
-            said = f"the engine aborted the generation: {message}"
-            return errors.EngineAborted(said, num_tokens=self.num_tokens)
-        return self.refusal(finish.status_code, message)
+    def _abort(self, ids: list[int] | None, meta: _Meta, finish: _Finish) -> TokenChunk | None:
+        """The end of an aborted generation: its last tokens. SGLang also says `abort` for its own failures.
 
-    def refusal(self, status: int | None, message: str) -> errors.TokentapeError:
+        Such an event may lack all counts, of an incremental stream it repeats the last token, and its weight
+        version may be the one that came after the abort (source).
+        """
+        if finish.status_code is not None:
+            raise self.refused(finish.status_code, finish.message or "aborted")
+        chunk = None
+        if ids and (meta.completion_tokens or 0) > self.num_tokens:
+            chunk = self._grow(ids, meta)
+            self._version = self._version if self._request.stream else ""
+        self._finish, self._meta = finish, meta
+        return chunk
+
+    def refused(self, status: int | None, message: str) -> errors.TokentapeError:
         """The error that a status means in answer to this request.
 
         Observed: SGLang compiles a constraint only after it took the request in. Whole, that fails with a
@@ -420,54 +487,3 @@ def _wrong_top(tops: _Tops, num: int, vocab_size: int) -> str | None:
     if not _MIN_LOGPROB < sure[0] <= _MAX_LOGPROB or any(not a >= b for a, b in pairwise(sure)):
         return f"{sure} are not log-probabilities, best first"
     return None
-
-
-def refusal(status: int | None, message: str, num_tokens: int = 0) -> errors.TokentapeError:
-    """The error that an HTTP status means, wherever it was said; `None`: an error event without one."""
-    said = f"the engine answered {status}: {message}" if status else f"the engine reported: {message}"
-    if status in (None, 400) and "context length" in message.lower():
-        prompt, context = _PROMPT_LENGTH.search(message), _CONTEXT_LENGTH.search(message)
-        return errors.ContextOverflow(
-            message,
-            num_prompt_tokens=int(prompt[1] or prompt[2]) if prompt else None,
-            context_length=int(context[1]) if context else None,
-        )
-    if status is None or status >= 500:
-        return errors.EngineFailed(said, num_tokens=num_tokens)
-    if status == 429:
-        return errors.EngineUnavailable(said, num_tokens=num_tokens)
-    if status in (401, 403):
-        said += "; check the engine's API key"
-    if status < 400 or status in (404, 405):
-        said += "; the URL must be that of SGLang's own server, without /v1"
-    return errors.EngineRejected(said, num_tokens=num_tokens)
-
-
-def lost(message: str, num_tokens: int) -> errors.EngineError:
-    """The connection ended too early: after the first token, or before it."""
-    if num_tokens:
-        return errors.EngineDisconnected(message, num_tokens=num_tokens)
-    return errors.EngineUnavailable(message)
-
-
-def error_message(body: bytes) -> str:
-    """What an error body says; observed: four JSON shapes, and a proxy's may be no JSON at all."""
-    try:
-        return _find_message(msgspec.json.decode(body))
-    except msgspec.MsgspecError:
-        return body[:500].decode("utf-8", "replace") or "(no text)"
-
-
-def _code_of(said: object) -> int | None:
-    code = cast("dict[str, object]", said).get("code") if isinstance(said, dict) else None
-    return code if isinstance(code, int) else None
-
-
-def _find_message(said: Any) -> str:
-    if isinstance(said, str):
-        return said
-    fields = cast("dict[str, Any]", said) if isinstance(said, dict) else {}
-    for name in ("error", "message", "detail"):
-        if fields.get(name):
-            return _find_message(fields[name])
-    return msgspec.json.encode(said)[:500].decode("utf-8", "replace")

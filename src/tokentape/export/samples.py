@@ -18,7 +18,7 @@ from tokentape.schema import SAMPLES, to_json
 from tokentape.store import SessionRecord, Store
 from tokentape.tape import Tape, Turn, TurnSpan
 from tokentape.tree import Tree
-from tokentape.types import Json, Message, Support, ToolCall
+from tokentape.types import Json, Message, RoutedExperts, Support, ToolCall
 
 
 def samples(record: SessionRecord, tapes: Sequence[Tape]) -> pa.RecordBatch:
@@ -202,18 +202,9 @@ def _support(tape: Tape) -> list[list[int] | None] | None:
 
 
 def _routed_experts(path: Sequence[Turn]) -> Json | None:
-    """The rows of a path's turns one after the other, N-1 of them; None where a turn has none."""
-    routed = [turn.routed_experts for turn in path if turn.routed_experts is not None]
-    if len(routed) < len(path):
-        return None
-    width = routed[0].width
-    if any(one.width != width for one in routed):  # another model
-        return None
-    dtype = max((one.dtype for one in routed), key=len)  # the wider one: uint8, uint16
-    data = b"".join(
-        one.data if one.dtype == dtype else array("H", list(one.data)).tobytes() for one in routed
-    )
-    return {"data": data, "dtype": dtype, "width": width}
+    """The rows of a path's turns, N-1 of them; None where a turn has none."""
+    routed = RoutedExperts.joined([turn.routed_experts for turn in path])
+    return None if routed is None else {"data": routed.data, "dtype": routed.dtype, "width": routed.width}
 
 
 def _notes(path: Sequence[Turn]) -> Json:

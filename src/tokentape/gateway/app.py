@@ -30,7 +30,7 @@ from tokentape.gateway.agents import (
     to_typed,
 )
 from tokentape.gateway.parts import Gateway, info_json
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.sessions import Credit, Session
 from tokentape.gateway.wire import Decoded, Wire
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
@@ -49,7 +49,12 @@ def make_app(gateway: Gateway) -> web.Application:
             web.get("/sessions/{session_id}", routes.show),
             web.delete("/sessions/{session_id}", routes.delete),
             web.get("/sessions/{session_id}/samples", routes.samples),
+            web.post("/sessions/{session_id}/rewards", routes.reward),
             web.post("/sessions/{session_id}/finish", routes.finish),
+            web.get("/weights", routes.weights),
+            web.post("/weights", routes.announce),
+            web.post("/pause", routes.pause),
+            web.post("/resume", routes.resume),
             web.get("/healthz", routes.healthz),
             web.get("/readyz", routes.readyz),
             web.get("/metrics", routes.metrics),
@@ -183,7 +188,7 @@ class _Routes:
 
     async def show(self, request: web.Request) -> web.Response:
         session = await self._sessions.get(request.match_info["session_id"])
-        return _json(session.summary())
+        return _json(self._gateway.summary(session))
 
     async def samples(self, request: web.Request) -> web.Response:
         session = await self._sessions.get(request.match_info["session_id"])
@@ -196,10 +201,16 @@ class _Routes:
         return web.Response(body=b'{"samples":' + rows + b"}", content_type="application/json")
 
     async def finish(self, request: web.Request) -> web.Response:
-        body = control.read_body(await request.read(), control.Finish)
+        credit = control.read_body(await request.read(), Credit)
         session = await self._sessions.get(request.match_info["session_id"])
-        await self._sessions.finish(session, body.reward, body.metadata)
-        return _json(session.summary())
+        await self._sessions.finish(session, credit)
+        return _json(self._gateway.summary(session))
+
+    async def reward(self, request: web.Request) -> web.Response:
+        credit = control.read_body(await request.read(), Credit)
+        session = await self._sessions.get(request.match_info["session_id"])
+        await self._sessions.credit(session, credit)
+        return _json(self._gateway.summary(session))
 
     async def delete(self, request: web.Request) -> web.Response:
         session_id = request.match_info["session_id"]
@@ -213,7 +224,23 @@ class _Routes:
     async def readyz(self, request: web.Request) -> web.Response:
         del request
         info = await self._gateway.engine.info()
-        return _json({"status": "ready", "engine": info_json(info)})
+        return _json({"status": "ready", "paused": self._gateway.engine.paused, "engine": info_json(info)})
+
+    async def weights(self, request: web.Request) -> web.Response:
+        del request
+        return _json(await self._gateway.weights.state())
+
+    async def announce(self, request: web.Request) -> web.Response:
+        body = control.read_body(await request.read(), control.Announce)
+        return _json(await self._gateway.weights.announce(body.version))
+
+    async def pause(self, request: web.Request) -> web.Response:
+        del request
+        return _json(await self._gateway.weights.pause())
+
+    async def resume(self, request: web.Request) -> web.Response:
+        del request
+        return _json(self._gateway.weights.resume())
 
     async def metrics(self, request: web.Request) -> web.Response:
         del request

@@ -15,7 +15,11 @@ _Limit = Annotated[int, Meta(ge=1, le=2**53)] | None
 
 
 class Create(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /sessions`. `sampling` has any of `fields.SAMPLING`; `deadline_s` is from now on."""
+    """The body of `POST /sessions`.
+
+    `sampling` has any of `fields.SAMPLING`; `deadline_s` is from now on; `group_id` is the same for the
+    episodes that are compared with each other.
+    """
 
     session_id: str | None = None
     metadata: Json = msgspec.field(default_factory=dict[str, Any])
@@ -23,13 +27,13 @@ class Create(msgspec.Struct, forbid_unknown_fields=True):
     max_turns: _Limit = None
     max_tokens: _Limit = None
     deadline_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None
+    group_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
 
 
-class Finish(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /sessions/{id}/finish`."""
+class Announce(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /weights`."""
 
-    reward: float | None = None
-    metadata: Json = msgspec.field(default_factory=dict[str, Any])
+    version: Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 def read_body(body: bytes, type_: type[_T]) -> _T:
@@ -58,4 +62,5 @@ async def create(sessions: Sessions, body: Create) -> Session:
         max_turns=body.max_turns,
         max_tokens=body.max_tokens,
         deadline_s=body.deadline_s,
+        group_id=body.group_id,
     )

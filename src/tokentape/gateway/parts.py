@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tokentape.engines.base import Engine, EngineInfo
+from tokentape.engines.resume import ResumingEngine
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import ConfigError, TokentapeError
 from tokentape.formats import FORMATS, Detected, Format, detect
 from tokentape.gateway.api import AgentApi
 from tokentape.gateway.plan import Planner
-from tokentape.gateway.sessions import Sessions
-from tokentape.gateway.turn import Turns
+from tokentape.gateway.sessions import Session, Sessions
+from tokentape.gateway.turn import Capture, Turns
+from tokentape.gateway.weights import Weights
 from tokentape.gateway.wire import WireConfig
 from tokentape.metrics import Metrics
 from tokentape.model import model_directory, model_sizes
@@ -50,7 +52,8 @@ class PartsConfig:
     the server that has them; one that is given made is not closed here. `store` is None to keep the sessions
     in memory only. `tool_format` and `reasoning_format` are "auto" or the name of a row: of `formats`, which
     come first, or of `formats.FORMATS`. `template_arguments` are the chat template's, where a request does
-    not say otherwise. `volatile` are names of `volatile.RULES`, or regular expressions.
+    not say otherwise. `volatile` are names of `volatile.RULES`, or regular expressions. `capture` is what the
+    engine is asked for beside the tokens.
     """
 
     model: str
@@ -64,6 +67,7 @@ class PartsConfig:
     auto_sessions: bool = False
     default_max_tokens: int = 4096
     volatile: tuple[str, ...] = ("billing-header",)
+    capture: Capture = field(default_factory=Capture)
     http: GatewayConfig = field(default_factory=lambda: GatewayConfig(model="policy"))
 
 
@@ -72,12 +76,18 @@ class Gateway:
     """The parts of a gateway."""
 
     config: GatewayConfig
-    engine: Engine
+    engine: ResumingEngine
+    weights: Weights
     store: Store
     sessions: Sessions
     turns: Turns
     api: AgentApi
     metrics: Metrics
+
+    def summary(self, session: Session) -> Json:
+        """What `GET /sessions/{id}` answers."""
+        summary = session.summary()
+        return {**summary, "oldest_version": self.weights.oldest(summary["weight_versions"])}
 
 
 @contextlib.asynccontextmanager
@@ -107,6 +117,10 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
         if isinstance(engine, SGLangConfig):
             engine = SGLangEngine(engine, vocab_size=sizes.vocab_size or renderer.tokenizer.vocab_size)
             stack.push_async_callback(engine.aclose)
+        eos_ids = sizes.eos_ids | renderer.eos_ids
+        engine = ResumingEngine(engine, stop_ids=eos_ids, on_resume=metrics.resumed.inc)
+        weights = Weights(engine, store)
+        await weights.load()
         volatile = Volatile.of(config.volatile)
         sessions = Sessions(
             store, renderer.template.content_tests, volatile, metrics, auto_sessions=config.auto_sessions
@@ -118,9 +132,11 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
             volatile,
             store,
             sessions,
+            weights,
             metrics,
             context_length=config.http.context_length or sizes.context_length,
-            eos_ids=sizes.eos_ids | renderer.eos_ids,
+            eos_ids=eos_ids,
+            capture=config.capture,
             default_max_tokens=config.default_max_tokens,
             formats=formats,
         )
@@ -135,7 +151,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
         stack.push_async_callback(api.aclose)
         if config.http.context_length is None:
             await stack.enter_async_context(_learning(engine, turns.planner, wait=ask_engine))
-        yield Gateway(config.http, engine, store, sessions, turns, api, metrics)
+        yield Gateway(config.http, engine, weights, store, sessions, turns, api, metrics)
 
 
 def _log_format(detected: Detected) -> None:

@@ -1,6 +1,7 @@
 """Open sessions: their trees in memory, their records in the store, their limits and counts."""
 
 import asyncio
+import math
 import re
 import secrets
 import time
@@ -54,6 +55,20 @@ class Memo:
         while self._num_bytes > _MEMO_BYTES and len(self._kept) > 1:
             self._num_bytes -= self._kept.pop(next(iter(self._kept)))[1]
         return meaning
+
+
+class Credit(msgspec.Struct, forbid_unknown_fields=True):
+    """What a session, its turns and its branches earned: `POST /sessions/{id}/rewards`, and with `/finish`.
+
+    `reward` is the session's; `turn_rewards` are by the turn's id, `branch_rewards` by the id of the branch's
+    last turn and stand in the session's place there. What is given replaces what was there, null removes it
+    (a session's `reward` stays). `metadata` is added.
+    """
+
+    reward: float | None = None
+    turn_rewards: dict[str, float | None] = msgspec.field(default_factory=dict[str, "float | None"])
+    branch_rewards: dict[str, float | None] = msgspec.field(default_factory=dict[str, "float | None"])
+    metadata: Json = msgspec.field(default_factory=dict[str, Any])
 
 
 @dataclass(eq=False, slots=True)
@@ -164,11 +179,23 @@ class Session:
             "labels": dict(Counter(label.name for label in labels.values())),
             "tokens": sum(len(t.prompt) + len(t.completion) for t in self.tree.turns()),
             "sampled_tokens": self.num_sampled_tokens,
+            "weight_versions": self._weight_versions(),
             "parse_statuses": dict(Counter(t.parse_status for t in self.tree.turns())),
             "failures": dict(self.failures),
             "reward": self.record.reward,
+            "turn_rewards": self.record.turn_rewards,
+            "branch_rewards": self.record.branch_rewards,
+            "group_id": self.record.group_id,
             "metadata": self.record.metadata,
         }
+
+    def _weight_versions(self) -> dict[str, int]:
+        """How many tokens each version sampled."""
+        counts: Counter[str] = Counter()
+        for turn in self.tree.turns():
+            for span in turn.versions:
+                counts[span.version] += span.end - span.start
+        return dict(counts)
 
 
 class Sessions:
@@ -200,6 +227,7 @@ class Sessions:
         max_turns: int | None = None,
         max_tokens: int | None = None,
         deadline_s: float | None = None,
+        group_id: str | None = None,
     ) -> Session:
         """Create an open session; without an id it gets one that cannot be guessed.
 
@@ -225,6 +253,7 @@ class Sessions:
             max_turns,
             max_tokens,
             None if deadline_s is None else now + deadline_s,
+            group_id=group_id,
         )
         async with self._lock:
             if await self._find(session_id) is not None:
@@ -254,42 +283,59 @@ class Sessions:
         except SessionExists:  # another request of the same agent was first
             return await self.get(session_id)
 
-    async def finish(self, session: Session, reward: float | None, metadata: Mapping[str, Any]) -> None:
-        """Close a session. Finishing again changes nothing, and is an error only where it would.
+    async def credit(self, session: Session, credit: "Credit") -> None:
+        """Add rewards and metadata to a session that is open.
 
         Raises:
-            SessionClosed: it is finished with another reward or other metadata.
+            SessionClosed: it takes no more.
+            RequestError: a reward is not finite, or for a turn or a branch that is not there.
         """
-        _check_metadata(metadata)
-        await to_the_end(self._finish(session, reward, metadata))
+        await to_the_end(self._credit(session, credit))
 
-    async def _finish(self, session: Session, reward: float | None, metadata: Mapping[str, Any]) -> None:
+    async def _credit(self, session: Session, credit: "Credit") -> None:
+        async with session.commit_lock:
+            session.check_open()
+            record = _credited(session, credit)
+            await self._store.put_session(record)
+            session.record = record
+
+    async def finish(self, session: Session, credit: "Credit") -> None:
+        """Close a session, with rewards and metadata as `credit` takes them.
+
+        Finishing again changes nothing, and is an error only where it would.
+
+        Raises:
+            SessionClosed: it is finished with other rewards or other metadata.
+            RequestError: a reward is not finite, or for a turn or a branch that is not there.
+        """
+        _credited(session, credit)  # before anything is stopped
+        await to_the_end(self._finish(session, credit))
+
+    async def _finish(self, session: Session, credit: "Credit") -> None:
         if session.record.state == "open":
             await session.end(SessionClosed(f"session {session.session_id!r} is being finished"))
         try:
-            await self._finish_ended(session, reward, metadata)
+            await self._finish_ended(session, credit)
         except TokentapeError:
             session.ending = None
             raise
 
-    async def _finish_ended(
-        self, session: Session, reward: float | None, metadata: Mapping[str, Any]
-    ) -> None:
+    async def _finish_ended(self, session: Session, credit: "Credit") -> None:
         async with session.commit_lock:
-            record = session.record
-            if record.state == "deleted":
+            if session.record.state == "deleted":
                 raise NotFound(f"session {session.session_id!r} does not exist")
-            if record.state == "finished":
-                if reward is not None and reward != record.reward:
+            record = replace(_credited(session, credit, last=True), state="finished")
+            if session.record.state == "finished":
+                if record.reward != session.record.reward:
                     raise SessionClosed(
-                        f"session {session.session_id!r} is finished with reward {record.reward}"
+                        f"session {session.session_id!r} is finished with reward {session.record.reward}"
                     )
-                if any(record.metadata.get(key) != value for key, value in metadata.items()):
-                    raise SessionClosed(f"session {session.session_id!r} is finished with other metadata")
+                if record != session.record:
+                    what = "metadata" if record.metadata != session.record.metadata else "rewards"
+                    raise SessionClosed(f"session {session.session_id!r} is finished with other {what}")
                 return
-            done = replace(record, state="finished", reward=reward, metadata={**record.metadata, **metadata})
-            await self._store.put_session(done)
-            session.record = done
+            await self._store.put_session(record)
+            session.record = record
             self._forget(session)
 
     async def delete(self, session_id: str) -> None:
@@ -358,6 +404,40 @@ class Sessions:
 def new_session_id() -> str:
     """An id that cannot be guessed."""
     return f"s-{secrets.token_urlsafe(18).replace('_', '~')}"
+
+
+def _credited(session: Session, credit: Credit, *, last: bool = False) -> SessionRecord:
+    """The session's record with a credit added; `last`: every rewarded branch must be one."""
+    _check_metadata(credit.metadata)
+    record, tree = session.record, session.tree
+    turn_rewards = _merged(record.turn_rewards, credit.turn_rewards)
+    branch_rewards = _merged(record.branch_rewards, credit.branch_rewards)
+    given = {**turn_rewards, **branch_rewards, "reward": credit.reward or 0.0}
+    if wrong := next((name for name, value in given.items() if not math.isfinite(value)), None):
+        raise RequestError(f"the reward of {wrong} is not a finite number", param="reward")
+    if turn_id := next((turn_id for turn_id in turn_rewards if turn_id not in tree), None):
+        raise RequestError(f"turn_rewards: the session has no turn {turn_id!r}", param="turn_rewards")
+    asked = branch_rewards if last else _merged({}, credit.branch_rewards)
+    if asked:
+        ends = tree.ends(tree.labels())
+        if other := next((key for key in asked if key not in ends), None):
+            raise RequestError(
+                f"branch_rewards: no branch ends with turn {other!r}; those of the session end with "
+                f"{', '.join(ends)}. A branch that has gone on is named by its new end; null takes back",
+                param="branch_rewards",
+            )
+    return replace(
+        record,
+        reward=record.reward if credit.reward is None else credit.reward,
+        turn_rewards=turn_rewards,
+        branch_rewards=branch_rewards,
+        metadata={**record.metadata, **credit.metadata},
+    )
+
+
+def _merged(old: Mapping[str, float], new: Mapping[str, float | None]) -> dict[str, float]:
+    both = {**old, **new}
+    return {key: value for key, value in both.items() if value is not None}
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:

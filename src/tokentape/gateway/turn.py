@@ -21,6 +21,7 @@ from tokentape.formats import FORMATS, Format, foreign
 from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, TurnRequest
 from tokentape.gateway.plan import Plan, Planner
 from tokentape.gateway.sessions import Session, Sessions, to_the_end
+from tokentape.gateway.weights import Weights
 from tokentape.metrics import Metrics
 from tokentape.parse import ArgumentsDelta, CallDelta, ParseEvent, Parser, ParseResult, SaidEvent
 from tokentape.render import Renderer
@@ -32,6 +33,18 @@ from tokentape.types import Json, Message, Prompt, Sampling, TokenRun, Usage
 from tokentape.volatile import Volatile
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What the engine is asked for beside the tokens.
+
+    `support`: what top-k, top-p and min-p left, of turns that they cut; SGLang takes a `top_k` from 2 to its
+    `--sampling-mask-max-tokens` for it. `routed_experts`: of every token, from a mixture of experts.
+    """
+
+    support: bool = False
+    routed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +96,14 @@ class Turns:
         volatile: Volatile,
         store: Store,
         sessions: Sessions,
+        weights: Weights,
         metrics: Metrics,
         *,
         context_length: int | None,
         eos_ids: frozenset[int] = frozenset(),
         default_max_tokens: int = 4096,
         formats: Sequence[Format] = FORMATS,
+        capture: Capture = Capture(),
     ) -> None:
         self._engine = engine
         self._tokenizer = renderer.tokenizer
@@ -97,7 +112,9 @@ class Turns:
         self._new_call_id = _new_short_call_id if renderer.template.short_call_ids else _new_call_id
         self._store = store
         self._sessions = sessions
+        self._weights = weights
         self._metrics = metrics
+        self._capture = capture
         self._maybe_stop = renderer.tokenizer.added_ids | eos_ids
         self._eos_ids = eos_ids
         self.planner = Planner(
@@ -215,7 +232,16 @@ class Turns:
         sampling = _of_choice(plan.sampling, choice)
         stops = self._maybe_stop | frozenset(sampling.stop_token_ids)
         reader = _Reader(self._tokenizer.stream(), self._parser(request, plan), stops)
-        call = GenerateRequest(turn_id, plan.prompt, sampling, request.stream, request.num_top_logprobs)
+        cut = LogprobBasis.of(sampling) is LogprobBasis.UNTRUNCATED
+        call = GenerateRequest(
+            turn_id,
+            plan.prompt,
+            sampling,
+            request.stream,
+            request.num_top_logprobs,
+            capture_support=self._capture.support and cut,
+            experts_from=_experts_from(plan) if self._capture.routed_experts else None,
+        )
         top: list[list[tuple[int, float]]] = []
         async with contextlib.aclosing(self._engine.generate(call)) as parts:
             async for part in parts:
@@ -271,6 +297,7 @@ class Turns:
                 ]
                 for turn in turns:
                     turn.verify()
+                await self._weights.saw(span.version for turn in turns for span in turn.versions)
                 await self._store.put_turns(session.session_id, turns)
                 for turn in turns:
                     session.commit(turn)
@@ -373,6 +400,11 @@ async def _deadline(session: Session) -> AsyncGenerator[None]:
         if not limit.expired():  # the engine's own
             raise
         raise LimitReached(f"session {session.session_id!r} has reached its deadline") from None
+
+
+def _experts_from(plan: Plan) -> int:
+    """The first token whose experts no earlier turn of the path has: the parent's last sampled one."""
+    return len(plan.prompt) - len(plan.rendered.run) - (plan.parent is not None)
 
 
 def _said(events: Sequence[ParseEvent]) -> list[SaidEvent]:

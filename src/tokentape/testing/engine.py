@@ -31,6 +31,7 @@ class FakeEngine:
         self.requests: list[GenerateRequest] = []
         self.aborted: list[str] = []
         self.closed = False
+        self.interrupts = 0
         self.responder = responder
         self._script = deque(script)
         self._info = info or EngineInfo(model="fake", context_length=8192, weight_version="default")
@@ -55,8 +56,17 @@ class FakeEngine:
             sampled = reply.sample(max_tokens, request.sampling.stop_token_ids)
             ids, logprobs = sampled.ids, cast("list[float]", sampled.logprobs)
             step = 1 if request.stream else max(len(ids), 1)
+            interrupts = self.interrupts
             for start in range(0, len(ids), step):
-                await asyncio.sleep(reply.delay_s * step)
+                for num_slept in range(step):
+                    await asyncio.sleep(reply.delay_s)
+                    if self.interrupts > interrupts:
+                        done = start + num_slept
+                        if not request.stream and done:
+                            yield TokenChunk(ids[:done], logprobs[:done])
+                        ended = True
+                        yield _result(sampled, reply, self._info, done)
+                        return
                 if error is not None and start >= num_good:
                     break
                 yield TokenChunk(
@@ -67,9 +77,7 @@ class FakeEngine:
             ended = True
             if error is not None:
                 raise error
-            versions = reply.versions or [(self._info.weight_version or "default", 0, len(ids))]
-            spans = tuple(VersionSpan(*span) for span in versions)
-            yield GenerateResult(ids, logprobs, sampled.finish, sampled.matched, spans, reply.cached or 0)
+            yield _result(sampled, reply, self._info)
         finally:
             if not ended:
                 self.aborted.append(request.rid)
@@ -79,6 +87,10 @@ class FakeEngine:
             raise errors.InternalError(f"FakeEngine has no answer left for request {len(self.requests)}")
         return self.responder(request)
 
+    async def interrupt(self) -> None:
+        """End all generations under way, each with the tokens whose `delay_s` has passed."""
+        self.interrupts += 1
+
     async def info(self) -> EngineInfo:
         """What was passed as `info`."""
         return self._info
@@ -86,6 +98,15 @@ class FakeEngine:
     async def aclose(self) -> None:
         """Remember that it was closed."""
         self.closed = True
+
+
+def _result(sampled: Sampled, reply: Reply, info: EngineInfo, num: int | None = None) -> GenerateResult:
+    """The end of a generation; interrupted behind `num` tokens."""
+    ids, logprobs = sampled.ids[:num], cast("list[float]", sampled.logprobs[:num])
+    versions = reply.versions or [(info.weight_version or "default", 0, len(sampled.ids))]
+    spans = tuple(VersionSpan(v, start, min(end, len(ids))) for v, start, end in versions if start < len(ids))
+    finish, matched = (sampled.finish, sampled.matched) if num is None else ("abort", None)
+    return GenerateResult(ids, logprobs, finish, matched, spans, reply.cached or 0)
 
 
 def _top(sampled: Sampled, places: range, num: int) -> list[list[tuple[int, float]]] | None:

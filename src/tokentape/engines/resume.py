@@ -1,0 +1,236 @@
+"""Generations that outlive an abort: what was sampled becomes prompt, and the engine goes on behind it.
+
+A weight update aborts what runs (SGLang's `/pause_generation`, `/update_weight_version`, `/abort_request`
+with `abort_all`). The tokens sampled before it are kept, with their versions, and the next weights sample
+the rest: one turn, two spans.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from msgspec.structs import replace
+
+from tokentape.engines.base import Engine, EngineInfo, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.errors import EngineAborted, InternalError
+from tokentape.types import Prompt, RoutedExperts, Sampling, Support, TokenRun, VersionSpan
+
+log = logging.getLogger(__name__)
+
+MAX_STALLS = 8
+"""Aborts in a row without a token between them, after which a generation is given up."""
+UNNAMED = "default"
+"""The name of weights that nobody has named: SGLang's own, and the embedded engine's."""
+_STALL_S = 0.05  # the first wait of a generation that is aborted again and again; doubled each time
+
+
+class ResumingEngine:
+    """An `engines.base.Engine` that resumes what is aborted, and holds everything while it is paused.
+
+    `stop_ids` end a turn: an engine that aborts with one of them sampled was done. `on_resume` is called for
+    each resumption. `version`, where set, names the weights that the engine itself has no name for.
+    """
+
+    def __init__(
+        self, engine: Engine, *, stop_ids: frozenset[int] = frozenset(), on_resume: Callable[[], None]
+    ) -> None:
+        self._engine = engine
+        self._stop_ids = stop_ids
+        self._on_resume = on_resume
+        self._open = asyncio.Event()
+        self._open.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.num_running = 0
+        self.version: str | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether generations wait for `resume`."""
+        return not self._open.is_set()
+
+    async def pause(self) -> None:
+        """Hold every generation; return when the engine runs none. Those it ran go on after `resume`."""
+        self._open.clear()
+        while self.num_running and self.paused:
+            await self._engine.interrupt()
+            # Again and again: an abort misses what was still on its way to the engine.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), 0.2)
+
+    def resume(self) -> None:
+        """Let all generations go on."""
+        self._open.set()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
+        """Yield the sampled tokens, then one `GenerateResult`, as if nothing had happened in between.
+
+        Raises:
+            EngineAborted: it was aborted and cannot go on exactly: the engine had more of a state than the
+                ids (a constraint, a penalty, a stop string) and a reader has had tokens of it; or it is
+                aborted again and again.
+        """
+        done = _Done(request, self._stop_ids)
+        whole = not _resumable(request.sampling)
+        stalls = 0
+        while done.result is None:
+            await self._open.wait()
+            async with contextlib.aclosing(self._run(done.next_request())) as parts:
+                async for part in parts:
+                    if isinstance(part, TokenChunk):
+                        if not whole or request.stream:
+                            yield part
+                        done.chunk = part
+                        continue
+                    stalls = 0 if part.completion_ids else stalls + 1
+                    done.add(part, whole=whole)
+            if done.result is None:
+                await self._check(stalls)
+                self._on_resume()
+                log.info("generation %s was aborted: resuming behind %d tokens", request.rid, done.num_tokens)
+        if whole and not request.stream and done.chunk is not None:
+            yield done.chunk
+        yield done.result
+
+    async def _check(self, stalls: int) -> None:
+        """Wait before another try; raises `EngineAborted` after too many."""
+        if self.paused:
+            return
+        if stalls >= MAX_STALLS:
+            raise EngineAborted(f"the engine aborted the generation {stalls} times before it sampled a token")
+        if stalls:
+            await asyncio.sleep(_STALL_S * 2**stalls)
+
+    async def _run(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
+        """One call of the engine, its weights named."""
+        version = self.version
+        self.num_running += 1
+        self._idle.clear()
+        try:
+            async with contextlib.aclosing(self._engine.generate(request)) as parts:
+                async for part in parts:
+                    if isinstance(part, GenerateResult) and version is not None:
+                        yield dataclasses.replace(part, versions=_named(part.versions, version))
+                    else:
+                        yield part
+        finally:
+            self.num_running -= 1
+            if not self.num_running:
+                self._idle.set()
+
+    async def interrupt(self) -> None:
+        """End what the engine runs; it is resumed at once, unless this is paused."""
+        await self._engine.interrupt()
+
+    async def reported(self) -> EngineInfo:
+        """What the engine says of itself."""
+        return await self._engine.info()
+
+    async def info(self) -> EngineInfo:
+        """What the engine says of itself; weights without a name have the one that was announced."""
+        info = await self._engine.info()
+        if self.version is not None and info.weight_version in (None, UNNAMED):
+            return dataclasses.replace(info, weight_version=self.version)
+        return info
+
+    async def aclose(self) -> None:
+        """Close the engine."""
+        await self._engine.aclose()
+
+
+class _Done:
+    """A request, and what was sampled for it so far. `result` is set at its end."""
+
+    def __init__(self, request: GenerateRequest, stop_ids: frozenset[int]) -> None:
+        self._request = request
+        self._stop_ids = stop_ids | frozenset(request.sampling.stop_token_ids)
+        self._parts: list[GenerateResult] = []
+        self._num_calls = 0
+        self.chunk: TokenChunk | None = None
+        self.result: GenerateResult | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are kept."""
+        return sum(len(part.completion_ids) for part in self._parts)
+
+    def next_request(self) -> GenerateRequest:
+        """What the engine is to be asked now: the rest, behind what was sampled."""
+        request, self._num_calls = self._request, self._num_calls + 1
+        if self._num_calls == 1:
+            return request
+        rid = f"{request.rid}.{self._num_calls}"  # none is used twice: see `GenerateRequest`
+        if not self._parts:
+            return dataclasses.replace(request, rid=rid)
+        sampled = TokenRun([i for part in self._parts for i in part.completion_ids])
+        max_tokens = request.sampling.max_tokens
+        if max_tokens is None:
+            raise InternalError("a generation without max_tokens cannot be resumed")
+        at = len(request.prompt) + len(sampled)
+        return dataclasses.replace(
+            request,
+            rid=rid,
+            prompt=Prompt((*request.prompt.runs, sampled)),
+            sampling=replace(request.sampling, max_tokens=max_tokens - len(sampled)),
+            experts_from=None if request.experts_from is None else at - 1,
+        )
+
+    def add(self, part: GenerateResult, *, whole: bool) -> None:
+        """Take the end of one call. With `whole` an aborted one is worth nothing."""
+        if part.finish_reason == "abort" and whole:
+            if self._request.stream and part.completion_ids:
+                raise EngineAborted(
+                    "the engine aborted the generation, which cannot go on exactly: its constraint, "
+                    "penalties or stop strings depend on what was sampled before; send the request again",
+                    num_tokens=len(part.completion_ids),
+                )
+            self.chunk = None
+            return
+        if part.completion_ids:
+            self._parts.append(part)
+        if part.finish_reason != "abort":
+            self.result = _joined(self._parts, part)
+        elif self._parts and self._parts[-1].completion_ids[-1] in self._stop_ids:
+            last = self._parts[-1].completion_ids[-1]
+            self.result = _joined(self._parts, dataclasses.replace(part, finish_reason="stop", matched=last))
+        elif self.num_tokens == self._request.sampling.max_tokens:
+            self.result = _joined(self._parts, dataclasses.replace(part, finish_reason="length"))
+
+
+def _joined(parts: Sequence[GenerateResult], last: GenerateResult) -> GenerateResult:
+    """One result of several; how it ended is the last's."""
+    spans: list[VersionSpan] = []
+    ids: list[int] = []
+    for part in parts:
+        for span in part.versions:
+            start, end = span.start + len(ids), span.end + len(ids)
+            if spans and spans[-1].version == span.version:
+                start = spans.pop().start
+            spans.append(VersionSpan(span.version, start, end))
+        ids += part.completion_ids
+    return GenerateResult(
+        ids,
+        [logprob for part in parts for logprob in part.logprobs],
+        last.finish_reason,
+        last.matched,
+        tuple(spans),
+        parts[0].num_cached_tokens,
+        Support.joined([part.support for part in parts]),
+        RoutedExperts.joined([part.routed_experts for part in parts]),
+    )
+
+
+def _named(spans: Sequence[VersionSpan], version: str) -> tuple[VersionSpan, ...]:
+    return tuple(
+        dataclasses.replace(span, version=version) if span.version == UNNAMED else span for span in spans
+    )
+
+
+def _resumable(sampling: Sampling) -> bool:
+    """Whether the ids are all that the rest depends on: no grammar, counter or text stands beside them."""
+    constrained = sampling.json_schema is not None or sampling.structural_tag is not None
+    penalised = sampling.frequency_penalty or sampling.presence_penalty
+    penalised = penalised or sampling.repetition_penalty not in (None, 1.0)
+    return not (constrained or penalised or sampling.stop)

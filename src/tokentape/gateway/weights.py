@@ -1,0 +1,107 @@
+"""Weights that change under a gateway: their names, their order, the pause in which they are exchanged."""
+
+import logging
+from collections.abc import Iterable
+
+from tokentape.engines.resume import UNNAMED, ResumingEngine
+from tokentape.errors import NotPaused
+from tokentape.store import Store
+from tokentape.tape import version_order
+from tokentape.types import Json
+
+log = logging.getLogger(__name__)
+
+
+class Weights:
+    """What the engine samples with, now and before.
+
+    A version is a name. The engine's own report wins; what a caller announces names weights that the engine
+    has no name for.
+    """
+
+    def __init__(self, engine: ResumingEngine, store: Store) -> None:
+        self._engine = engine
+        self._store = store
+        self._versions: dict[str, None] = {}
+
+    async def load(self) -> None:
+        """Read what the store knows; a name that a caller gave last still holds."""
+        known = await self._store.versions()
+        self._versions = {version: None for version, _ in known}
+        if known and known[-1][1] == "caller":
+            self._engine.version = known[-1][0]
+
+    async def saw(self, versions: Iterable[str], said_by: str = "engine") -> None:
+        """Remember versions in the order of their coming.
+
+        Raises:
+            StoreError: they could not be made durable.
+        """
+        for version in versions:
+            if version not in self._versions:
+                await self._store.put_version(version, said_by)
+                self._versions[version] = None
+
+    def oldest(self, versions: Iterable[str]) -> str | None:
+        """The oldest of these versions, None of none."""
+        order = version_order(list(self._versions))
+        return min(versions, key=lambda version: order.get(version, len(order)), default=None)
+
+    async def announce(self, version: str) -> Json:
+        """Take note that the engine has new weights of this name; what is in force then.
+
+        Raises:
+            EngineError: the engine does not answer.
+            NotPaused: the engine has no name for its weights, and they are sampling.
+        """
+        said = (await self._engine.reported()).weight_version
+        if said not in (None, UNNAMED):
+            await self.saw([said])
+            if said != version:
+                log.warning("weights: announced as %r, the engine says %r: that holds", version, said)
+            return self._state(said, "engine")
+        if self._engine.num_running:
+            raise NotPaused(
+                f"the engine does not name its weights, and {self._engine.num_running} generations are under "
+                "way: POST /pause first, exchange the weights, announce them, then POST /resume",
+                param="version",
+            )
+        await self.saw([version], "caller")
+        self._engine.version = version
+        return self._state(version, "caller")
+
+    async def pause(self) -> Json:
+        """Interrupt what is being sampled and hold it, with all that comes, until `resume`.
+
+        Raises:
+            EngineError: the engine does not answer; the gateway is paused all the same.
+        """
+        num_running = self._engine.num_running
+        await self._engine.pause()
+        return {"paused": self._engine.paused, "interrupted": num_running}
+
+    def resume(self) -> Json:
+        """Let everything go on."""
+        self._engine.resume()
+        return {"paused": self._engine.paused}
+
+    async def state(self) -> Json:
+        """What is in force.
+
+        Raises:
+            EngineError: the engine does not answer.
+        """
+        said = (await self._engine.reported()).weight_version
+        if said in (None, UNNAMED) and self._engine.version is not None:
+            return self._state(self._engine.version, "caller")
+        return self._state(said, "engine")
+
+    def _state(self, version: str | None, said_by: str) -> Json:
+        order = version_order(list(self._versions))
+        return {
+            "version": version,
+            "said_by": said_by,
+            "versions": sorted(order, key=order.__getitem__),
+            "paused": self._engine.paused,
+            "running": self._engine.num_running,
+        }
