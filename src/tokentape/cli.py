@@ -24,6 +24,7 @@ from tokentape.formatfile import read_formats
 from tokentape.formats import FORMATS
 from tokentape.gateway.parts import GatewayConfig
 from tokentape.gateway.service import ServiceConfig, running
+from tokentape.gateway.turn import Capture
 from tokentape.model import TINY_MODEL, model_directory
 from tokentape.store import SQLiteStore
 from tokentape.volatile import RULES as VOLATILE
@@ -154,6 +155,13 @@ def demo(episodes: int, concurrency: int, out: Path, seed: int) -> None:
     help=f"System and user text that does not count when requests are matched: {', '.join(VOLATILE)}, or a "
     "regular expression; may be repeated. none: every character counts.",
 )
+@click.option(
+    "--capture",
+    multiple=True,
+    type=click.Choice(["support", "routed-experts"]),
+    help="Also ask the engine for what truncation left to sample from, or where tokens were routed; may be "
+    "repeated. See docs/training.md.",
+)
 @click.option("--auto-sessions", is_flag=True, help="Create unknown sessions when they are first used.")
 @click.option("--api-key", envvar="TOKENTAPE_API_KEY", help="Require this key from every caller.")
 @click.option("--engine-api-key", envvar="TOKENTAPE_ENGINE_API_KEY", help="The key that the engine asks for.")
@@ -223,6 +231,7 @@ def serve(
     template_args: Sequence[str],
     history: Any,
     volatile: Sequence[str],
+    capture: Sequence[str],
     auto_sessions: bool,
     api_key: str | None,
     engine_api_key: str | None,
@@ -271,6 +280,7 @@ def serve(
         template_arguments=dict(map(_template_argument, template_args)),
         history=history,
         volatile=tuple(rule for rule in volatile if rule != "none"),
+        capture=Capture("support" in capture, "routed-experts" in capture),
         auto_sessions=auto_sessions,
         default_max_tokens=max_tokens,
         drain_s=drain_timeout,

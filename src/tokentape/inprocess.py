@@ -15,7 +15,7 @@ import math
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -28,6 +28,7 @@ from tokentape.gateway import chat, control
 from tokentape.gateway.fields import session_sampling
 from tokentape.gateway.parts import Gateway, GatewayConfig, PartsConfig, parts
 from tokentape.gateway.sessions import Credit, Session, new_session_id
+from tokentape.gateway.turn import Capture
 from tokentape.render import History
 from tokentape.store import SessionRecord
 from tokentape.tape import Turn
@@ -316,6 +317,7 @@ async def open(  # noqa: A001  # tokentape.open
     formats: Sequence[Format] = (),
     template_arguments: Mapping[str, Any] | None = None,
     volatile: Sequence[str] = ("billing-header",),
+    capture: Sequence[Literal["support", "routed-experts"]] = (),
     context_length: int | None = None,
     default_max_tokens: int = 4096,
     strict: bool = False,
@@ -342,6 +344,7 @@ async def open(  # noqa: A001  # tokentape.open
         history=history,
         default_max_tokens=default_max_tokens,
         volatile=tuple(volatile),
+        capture=Capture("support" in capture, "routed-experts" in capture),
         http=GatewayConfig(model=served_model_name, strict=strict, context_length=context_length),
     )
     async with parts(config, ask_engine=True) as gateway:

@@ -126,8 +126,11 @@ async def test_completion(name: str) -> None:
 
 @pytest.mark.parametrize("name", names(wanted=False))
 async def test_abort(name: str) -> None:
-    with pytest.raises(errors.EngineAborted, match="Abort"):
-        await replay(load(name))
+    capture = load(name)
+    result, answer = await replay(capture), json.loads(capture["raw_body"])
+    assert (result.finish_reason, result.completion_ids) == ("abort", answer["output_ids"])
+    assert result.logprobs == [value for value, _, _ in answer["meta_info"]["output_token_logprobs"]]
+    assert [v.end for v in result.versions][-1:] == [len(result.completion_ids)][: len(result.versions)]
 
 
 @pytest.mark.parametrize(

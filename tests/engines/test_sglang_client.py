@@ -337,8 +337,6 @@ async def test_one_version_without_spans(fake: FakeSGLang, engine: SGLangEngine,
         (Fault("cut", after=0), 0, errors.EngineUnavailable, "ended before|lost"),
         (Fault("cut", after=2), 2, errors.EngineDisconnected, "ended before|lost"),
         (Fault("die"), 0, errors.EngineUnavailable, "lost"),
-        (Fault("abort", after=2), 2, errors.EngineAborted, "scripted fault"),
-        (Fault("abort", after=0), 0, errors.EngineAborted, "scripted fault"),
         (Fault("abort", after=2, status=503), 2, errors.EngineFailed, "503: scripted fault"),
         (Fault("abort", after=0, status=400), 0, errors.EngineRejected, "400: scripted fault"),
     ],
@@ -364,6 +362,22 @@ async def test_failure(
         await run(engine, request(stream=stream))
     assert type(raised.value) is error
     assert raised.value.num_tokens == num_tokens
+
+
+@both_ways
+@both_streams
+@pytest.mark.parametrize("after", [0, 2])
+async def test_an_abort_keeps_what_was_sampled(
+    fake: FakeSGLang, engine: SGLangEngine, stream: bool, incremental: bool, after: int
+) -> None:
+    fake.incremental = incremental
+    fake.weight_version = "7"
+    fake.script(Fault("abort", after=after, reply=Reply(IDS)))
+    chunks, result = await run(engine, request(stream=stream))
+    assert (result.finish_reason, result.matched) == ("abort", None)
+    assert result.completion_ids == [i for chunk in chunks for i in chunk.ids] == IDS[:after]
+    assert result.logprobs == [pseudo_logprob(i, at) for at, i in enumerate(IDS[:after])]
+    assert result.versions == ((VersionSpan("7", 0, after),) if after else ())
 
 
 async def test_no_done(fake: FakeSGLang, engine: SGLangEngine) -> None:
@@ -500,8 +514,9 @@ async def test_aclose_aborts_what_runs(fake: FakeSGLang, engine: SGLangEngine) -
     await fake.until(lambda: len(fake.requests) == 1)
     await engine.aclose()
     assert fake.aborts == ["1-r"]
-    with pytest.raises(errors.EngineError):
-        await task
+    chunks, result = await task
+    assert result.finish_reason == "abort"
+    assert [i for chunk in chunks for i in chunk.ids] == result.completion_ids
     with pytest.raises(errors.InternalError, match="closed"):
         await run(engine, request())
 

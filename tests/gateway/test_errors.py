@@ -573,7 +573,6 @@ FAILURES: list[tuple[Fault, int, str, type[openai.APIStatusError]]] = [
     (Fault("error_event"), 502, "engine_failed", openai.InternalServerError),
     (Fault("disconnect"), 503, "engine_unavailable", openai.InternalServerError),
     (Fault("stall"), 504, "engine_timeout", openai.InternalServerError),
-    (Fault("abort"), 503, "engine_aborted", openai.InternalServerError),
     (Fault("abort", status=500), 502, "engine_failed", openai.InternalServerError),
     (Fault("not_json"), 502, "engine_protocol_error", openai.InternalServerError),
 ]

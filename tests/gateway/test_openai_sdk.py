@@ -163,10 +163,10 @@ async def test_the_sync_client(fake: FakeSGLang, gateway: Gateway, session_id: s
 
 async def test_retries(fake: FakeSGLang, gateway: Gateway, session_id: str) -> None:
     """The SDK retries what is worth it by itself; every failed attempt is counted, none is trained."""
-    fake.script(Fault("status", status=500), Fault("abort"), sampled("hello", seed=1))
+    fake.script(Fault("status", status=500), Fault("error_event"), sampled("hello", seed=1))
     async with gateway.openai(session_id, max_retries=2) as client:
         await client.chat.completions.create(model="policy", messages=[USER])
-    assert (await gateway.show(session_id))["failures"] == {"engine_failed": 1, "engine_aborted": 1}
+    assert (await gateway.show(session_id))["failures"] == {"engine_failed": 2}
     await exact(fake, gateway, session_id, num_turns=1)
     fake.script(Fault("wrong_count", reply=sampled("hello")))
     async with gateway.openai(session_id, max_retries=2) as client:

@@ -200,7 +200,6 @@ IN_STREAM = [
     (Fault("error_event", after=2), "engine_failed"),
     (Fault("disconnect", after=2), "engine_disconnected"),
     (Fault("cut", after=2), "engine_disconnected"),
-    (Fault("abort", after=2), "engine_aborted"),
     (Fault("stall", after=2), "engine_timeout"),
     (Fault("no_done"), "engine_disconnected"),
     (Fault("wrong_count"), "engine_protocol_error"),

@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 class Capture:
     """What the engine is asked for beside the tokens.
 
-    `support`: what top-k, top-p and min-p left, of turns that they cut; SGLang takes a `top_k` from 2 to its
-    `--sampling-mask-max-tokens` for it. `routed_experts`: of every token, from a mixture of experts.
+    `support`: what top-k, top-p and min-p left, of turns that set `top_k`: SGLang tells no other (up to its
+    `--sampling-mask-max-tokens`). `routed_experts`: of every token, from a mixture of experts.
     """
 
     support: bool = False
@@ -232,7 +232,7 @@ class Turns:
         sampling = _of_choice(plan.sampling, choice)
         stops = self._maybe_stop | frozenset(sampling.stop_token_ids)
         reader = _Reader(self._tokenizer.stream(), self._parser(request, plan), stops)
-        cut = LogprobBasis.of(sampling) is LogprobBasis.UNTRUNCATED
+        cut = LogprobBasis.of(sampling) is LogprobBasis.UNTRUNCATED and (sampling.top_k or 0) > 1
         call = GenerateRequest(
             turn_id,
             plan.prompt,

@@ -3,7 +3,8 @@
     FakeSGLang             a server that speaks SGLang's protocol on a real socket, with faults on demand
     FakeEngine             an in-process `engines.base.Engine` that answers what it is told
     Reply, Fault           what a fake answers, and what goes wrong with it
-    pseudo_logprob         the log-probability that a fake gives a token; `pseudo_top` the likeliest beside it
+    pseudo_logprob         the log-probability that a fake gives a token; `pseudo_top` those beside it,
+                           `pseudo_support` what truncation left, `pseudo_experts` where it was routed
     byte_level_tokenizer   a small tokenizer on which most texts have several encodings
     write_model_dir        a model directory (tokenizer and chat template, no weights) for `--model`
 
@@ -18,7 +19,15 @@ A test in five lines:
 
 from tokentape.testing.engine import FakeEngine
 from tokentape.testing.model import byte_level_tokenizer, write_model_dir
-from tokentape.testing.script import Fault, FaultKind, Reply, pseudo_logprob, pseudo_top
+from tokentape.testing.script import (
+    Fault,
+    FaultKind,
+    Reply,
+    pseudo_experts,
+    pseudo_logprob,
+    pseudo_support,
+    pseudo_top,
+)
 from tokentape.testing.sglang import FakeSGLang, ReceivedRequest
 
 __all__ = [
@@ -29,7 +38,9 @@ __all__ = [
     "ReceivedRequest",
     "Reply",
     "byte_level_tokenizer",
+    "pseudo_experts",
     "pseudo_logprob",
+    "pseudo_support",
     "pseudo_top",
     "write_model_dir",
 ]

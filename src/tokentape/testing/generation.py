@@ -1,7 +1,9 @@
 """One generation of the fake server: the events that the real one would send, and what spoils them."""
 
 import asyncio
+import base64
 import json
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from aiohttp import web
 from tokenizers import Tokenizer
 
-from tokentape.testing.script import Fault, Reply, Sampled
+from tokentape.testing.script import Fault, Reply, Sampled, pseudo_experts, pseudo_support
 
 _STOPPING = ("stall", "disconnect", "cut", "error_event", "abort")  # kinds that end behind `after` tokens
 
@@ -182,6 +184,13 @@ class Generation:
                 places = [self._sampled.top(at, num, self._vocab_size) for at in range(start, end)]
                 tops = [[[logprob, i, None] for i, logprob in place] for place in places]
                 meta |= {"input_top_logprobs": [], "output_top_logprobs": tops}
+        if self._received.body.get("return_sampling_mask"):
+            meta |= {
+                "output_token_sampling_mask": [pseudo_support(i, self._vocab_size) for i in ids],
+                "output_token_sampling_logprobs": [(x or 0.0) / 2 for x in self._sampled.logprobs[start:end]],
+            }
+        if self._received.body.get("return_routed_experts") and finish is not None:
+            meta["routed_experts"] = self._experts(end)
         meta |= {"reasoning_tokens": 0, "completion_tokens": end, "cached_tokens": self._num_cached}
         if finish is not None:
             spans = self._reply.versions or [(self._version, 0, end)]
@@ -191,6 +200,13 @@ class Generation:
         if self._fault is not None:
             self._fault.spoil(answer, last=finish is not None)
         return answer
+
+    def _experts(self, end: int) -> str:
+        """Those of all tokens but the last, from the place that was asked for."""
+        start = self._received.body.get("routed_experts_start_len") or 0
+        sequence = [*self._received.input_ids, *self._sampled.ids[:end]]
+        rows = [pseudo_experts(i, at) for at, i in enumerate(sequence[:-1]) if at >= start]
+        return base64.b64encode(array("i", [n for row in rows for n in row]).tobytes()).decode()
 
 
 async def refuse_constraint(http: web.Request, received: ReceivedRequest, message: str) -> web.StreamResponse:

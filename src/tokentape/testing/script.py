@@ -40,6 +40,16 @@ def pseudo_top(token_id: int, position: int, num: int, vocab_size: int) -> list[
     return sorted(((i, pseudo_logprob(i, position)) for i in ids), key=lambda pair: -pair[1])
 
 
+def pseudo_support(token_id: int, vocab_size: int) -> list[int]:
+    """The ids that truncation kept where a fake sampled `token_id`: that one and the one behind it."""
+    return [token_id, (token_id + 1) % vocab_size]
+
+
+def pseudo_experts(token_id: int, place: int) -> list[int]:
+    """The experts that a fake sent `token_id` to, at its `place` of the sequence: three layers of two."""
+    return [(token_id * 31 + place * 7 + n) % 128 for n in range(6)]
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One completion, int[C] `ids`, as a fake engine samples it.

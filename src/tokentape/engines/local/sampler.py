@@ -81,11 +81,25 @@ class RowSampler:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One step's tokens. `ids` int[B], `logprobs` float[B] nats, `distribution` float32[B, V] nats."""
+    """One step's tokens.
+
+    `ids` int[B], `logprobs` float[B] nats, `distribution` float32[B, V] nats. `kept` float32[B, V] are the
+    probabilities that truncation left, None where all rows took the likeliest token.
+    """
 
     ids: list[int]
     logprobs: list[float]
     distribution: Tensor
+    kept: Tensor | None
+    greedy: list[bool]
+
+    def support(self, row: int) -> tuple[list[int], float]:
+        """The ids that a row was drawn from, and the log-probability of the sampled one among them."""
+        if self.kept is None or self.greedy[row]:
+            return [self.ids[row]], 0.0
+        probs = self.kept[row].double()
+        logprob = (probs[self.ids[row]] / probs.sum()).log()
+        return ints(probs.nonzero()[:, 0]), min(float(logprob), 0.0)
 
     def top(self, row: int, num: int) -> list[tuple[float, int]]:
         """The `num` likeliest tokens of a row, as pairs of log-probability and id."""
@@ -124,20 +138,26 @@ def sample(logits: Tensor, rows: list[RowSampler]) -> Sampled:
         logits = logits / torch.tensor([[row.temperature] for row in rows], device=logits.device)
     distribution = logits.log_softmax(-1)
     greedy = all(row.greedy for row in rows)
-    chosen = distribution.argmax(-1) if greedy else _draw(distribution, rows)
+    kept = None if greedy else _kept(distribution, rows)
+    chosen = distribution.argmax(-1) if kept is None else _draw(distribution, kept, rows)
     ids = ints(chosen)
     logprobs = floats(distribution.gather(1, chosen[:, None])[:, 0])
     for row, token in zip(rows, ids, strict=True):
         row.observe(token)
-    return Sampled(ids, logprobs, distribution)
+    return Sampled(ids, logprobs, distribution, kept, [row.greedy for row in rows])
 
 
-def _draw(distribution: Tensor, rows: list[RowSampler]) -> Tensor:
-    """int64[B]: inverse of the cumulative distribution in vocabulary order, argmax for greedy rows."""
+def _kept(distribution: Tensor, rows: list[RowSampler]) -> Tensor:
+    """float32[B, V]: probabilities, zero where truncation excludes a token; not renormalised."""
     probs = distribution.exp()
     cut = [i for i, row in enumerate(rows) if row.truncates]
     if cut:
         probs[cut] = _truncate(probs[cut], [rows[i].params for i in cut])
+    return probs
+
+
+def _draw(distribution: Tensor, probs: Tensor, rows: list[RowSampler]) -> Tensor:
+    """int64[B]: inverse of the cumulative distribution in vocabulary order, argmax for greedy rows."""
     # In float64: over 10^5 tokens a float32 running sum is off by more than rare tokens weigh.
     cumulative = probs.double().cumsum(-1)
     uniform = torch.tensor([[row.uniform()] for row in rows], dtype=torch.float64, device=probs.device)

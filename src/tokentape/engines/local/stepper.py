@@ -187,6 +187,10 @@ class Stepper:
                 continue
             num_top = generation.body.top_logprobs_num
             top = sampled.top(i, num_top) if num_top else []
+            if generation.body.return_sampling_mask:
+                kept, kept_logprob = sampled.support(i)
+                generation.kept.append(kept)
+                generation.kept_logprobs.append(kept_logprob)
             generation.append(sampled.ids[i], logprob, self.weight_version, top)
             reasons.append(self._why_stop(row, sampled.ids[i]))
             if reasons[-1] is None and generation.body.stream:

@@ -81,6 +81,10 @@ class Answer:
         }
         if generation.body.return_logprob:
             meta |= self._logprobs(start, num)
+        if generation.body.return_sampling_mask:
+            meta["output_token_sampling_mask"] = generation.kept[start:num]
+            meta["output_token_sampling_logprobs"] = generation.kept_logprobs[start:num]
+            meta["output_token_sampling_mask_length"] = num
         cached = generation.num_cached_tokens or 0
         meta |= {"reasoning_tokens": 0, "completion_tokens": num, "cached_tokens": cached}
         if finish_reason is not None:

@@ -78,7 +78,6 @@ _REFUSED_FIELDS = [
     "token_ids_logprob",
     "return_hidden_states",
     "return_routed_experts",
-    "return_sampling_mask",
 ]
 
 
@@ -185,6 +184,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     top_logprobs_num: Annotated[int, msgspec.Meta(ge=0)] = 0
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
+    return_sampling_mask: bool = False
 
 
 @dataclass(slots=True)
@@ -196,8 +196,9 @@ class Generation:
     slice all of them to `n`; to see the end it reads `finish_reason` first, then `n`.
 
     `prompt_ids` int[P], `completion_ids` int[C], `logprobs` float[C] (nats), `top_logprobs` [C][k] pairs of
-    log-probability and id. With `logprob_start_len` s ≥ 0, `input_logprobs` has P-s entries, the first of
-    them None.
+    log-probability and id. `kept` [C][1 to k] are the ids that truncation left, `kept_logprobs` float[C] of
+    the sampled ones under that distribution, both only where they were asked for. With `logprob_start_len`
+    s ≥ 0, `input_logprobs` has P-s entries, the first of them None.
     """
 
     prompt_ids: list[int]
@@ -209,6 +210,8 @@ class Generation:
     completion_ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     top_logprobs: list[TopLogprobs] = field(default_factory=list[TopLogprobs])
+    kept: list[list[int]] = field(default_factory=list[list[int]])
+    kept_logprobs: list[float] = field(default_factory=list[float])
     input_logprobs: list[float | None] = field(default_factory=list[float | None])
     input_top_logprobs: list[TopLogprobs | None] = field(default_factory=list[TopLogprobs | None])
     weight_version: str = ""
