@@ -53,7 +53,7 @@ LAYERS: dict[str, set[str]] = {
 }  # fmt: skip
 # Outside the package: who alone may import it.
 ONLY: dict[str, tuple[str, ...]] = {
-    "torch": ("engines.local",),
+    "torch": ("engines.local", "export"),
     "transformers": ("engines.local",),
     "aiohttp.web": ("gateway.app", "engines.server", "testing"),
     "openai": ("demo", "clients", "inprocess"),

@@ -116,6 +116,8 @@ def experts_of(row: Row, experts_per_token: int | None) -> list[list[list[int]]]
         )
     if width < 1 or experts_per_token < 1 or width % experts_per_token:
         raise ConfigError(f"{name}: {width} routed experts a token are no multiple of {experts_per_token}")
+    if routed["dtype"] not in _EXPERT_CODES:
+        raise ConfigError(f"{name}: routed_experts is of {routed['dtype']}, not one of {[*_EXPERT_CODES]}")
     data = routed["data"]
     values = array(_EXPERT_CODES[routed["dtype"]], base64.b64decode(data) if isinstance(data, str) else data)
     if sys.byteorder == "big":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from tokentape.export import verl
 from tokentape.export.row import Row
 from tokentape.types import Json
 
@@ -20,7 +21,9 @@ class Trainer:
     convention: str
 
 
-_ALL: tuple[Trainer, ...] = ()
+_ALL: tuple[Trainer, ...] = (
+    Trainer("verl", verl.rows, verl.CONVENTION),
+)
 
 TRAINERS: dict[str, Trainer] = {trainer.name: trainer for trainer in _ALL}
 """By the name that `--format` takes."""
