@@ -136,6 +136,24 @@ def messages_of(row: Row) -> list[Json]:
     return cast("list[Json]", msgspec.json.decode(row["messages"]))
 
 
+def turns_of(row: Row) -> list[tuple[list[Json], Json]]:
+    """What each turn was given and what it said, as texts; all of them together are `messages_of`.
+
+    A row keeps no cut between turns' messages: an assistant's words that no turn sampled (few-shot examples,
+    an imported history) are taken for the first prompt's. Token ids do not depend on it.
+    """
+    messages, out = messages_of(row), list[tuple[list[Json], Json]]()
+    end = len(messages)
+    for index in reversed(range(len(row["turns"]))):
+        reply = end - 1
+        before = 0
+        if index:
+            before = next(at for at in reversed(range(reply)) if messages[at]["role"] == "assistant") + 1
+        out.append((messages[before:reply], messages[reply]))
+        end = before
+    return out[::-1]
+
+
 def metadata_of(row: Row) -> Json:
     """What the caller knows of the session."""
     return cast("Json", msgspec.json.decode(row["metadata"]))
