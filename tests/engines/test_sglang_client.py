@@ -1,8 +1,10 @@
 import asyncio
+import base64
 import contextlib
 import json
 import logging
 import math
+from array import array
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from typing import Any
@@ -14,11 +16,12 @@ from hypothesis import strategies as st
 
 from tokentape import errors
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.engines.captured import read_experts
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.engines.sglang_protocol import Completion
 from tokentape.engines.sse import SSEDecoder
 from tokentape.testing import FakeSGLang, Fault, Reply, pseudo_logprob
-from tokentape.types import Prompt, Sampling, TokenRun, VersionSpan
+from tokentape.types import Prompt, RoutedExperts, Sampling, TokenRun, VersionSpan
 
 PROMPT = [5, 6, 7, 8]
 IDS = [11, 12, 12, 13, 14]
@@ -756,3 +759,32 @@ def test_sse_huge_event() -> None:
     event = b"data: " + b"x" * 5_000_000 + b"\n\n"
     pieces = [event[i : i + 65536] for i in range(0, len(event), 65536)]
     assert [len(p) for piece in pieces for p in decoder.feed(piece)] == [5_000_000]
+
+
+# --- what is captured beside the tokens ---
+
+
+@pytest.mark.parametrize(
+    ("top", "dtype", "item"), [(255, "uint8", 1), (256, "uint16", 2), (65_535, "uint16", 2)]
+)
+def test_experts_take_few_bytes(top: int, dtype: str, item: int) -> None:
+    values = [0, 1, 2, top, 4, 5]
+    text = base64.b64encode(array("i", values).tobytes()).decode()
+    experts = read_experts(text, 3)
+    assert (experts.dtype, experts.width, len(experts.data)) == (dtype, 2, 6 * item)
+    assert array("B" if item == 1 else "H", experts.data).tolist() == values
+    narrow = read_experts(base64.b64encode(array("i", [7, 8]).tobytes()).decode(), 1)
+    joined = RoutedExperts.joined([narrow, experts])
+    assert joined is not None
+    assert array("B" if item == 1 else "H", joined.data).tolist() == [7, 8, *values]
+    assert RoutedExperts.joined([experts, None]) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "!", "AAAA", base64.b64encode(array("i", [1, 2, 3, 4]).tobytes()).decode(), "AACAgA=="]
+)
+def test_experts_that_are_none(text: str) -> None:
+    with pytest.raises(errors.EngineProtocolError, match="routed_experts"):
+        read_experts(text, 3)
+    with pytest.raises(errors.EngineProtocolError, match="-1"):
+        read_experts(base64.b64encode(array("i", [1, -1, 3]).tobytes()).decode(), 3)

@@ -35,5 +35,5 @@ def read_experts(text: str, num_rows: int) -> RoutedExperts:
         raise EngineProtocolError(f"routed_experts has an expert {min(values)} or {max(values)}")
     width = len(values) // num_rows
     if max(values) < 2**8:
-        return RoutedExperts(bytes(values), "uint8", width)
+        return RoutedExperts(bytes(values.tolist()), "uint8", width)
     return RoutedExperts(array("H", values).tobytes(), "uint16", width)
