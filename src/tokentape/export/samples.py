@@ -2,7 +2,7 @@
 
 import contextlib
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tokentape.errors import ConfigError, InternalError
 from tokentape.schema import SAMPLES, to_json
 from tokentape.store import SessionRecord, Store
-from tokentape.tape import Tape, Turn, TurnSpan
+from tokentape.tape import Tape, Turn, TurnSpan, version_order
 from tokentape.tree import Tree
 from tokentape.types import Json, Message, RoutedExperts, Support, ToolCall
 
@@ -47,13 +47,26 @@ def samples(record: SessionRecord, tapes: Sequence[Tape]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=SAMPLES)
 
 
-async def stored_samples(store: Store, session_ids: Sequence[str] = ()) -> AsyncGenerator[pa.RecordBatch]:
+async def stored_samples(
+    store: Store,
+    session_ids: Sequence[str] = (),
+    *,
+    max_staleness: int | None = None,
+    at_version: str | None = None,
+    on_stale: Callable[[str], None] = lambda _: None,
+) -> AsyncGenerator[pa.RecordBatch]:
     """The samples of these sessions, or of all in the store; one session is in memory at a time.
 
+    With `max_staleness` a session is left out whole, and `on_stale` is told its id, where weights that sampled
+    in it are more than so many versions older than `at_version` (None: the newest in the store).
+
     Raises:
-        ConfigError: the store has no such session.
+        ConfigError: the store has no such session, or no such version.
     """
     after = ""
+    fresh = (
+        frozenset[str]() if max_staleness is None else await _fresh_versions(store, max_staleness, at_version)
+    )
     while True:
         ids = session_ids or [
             record.session_id for record in await store.list_sessions(state=None, after=after, limit=200)
@@ -62,6 +75,10 @@ async def stored_samples(store: Store, session_ids: Sequence[str] = ()) -> Async
             stored = await store.load(session_id)
             if stored is None:
                 raise ConfigError(f"session {session_id}: the store has no such session")
+            sampled_by = {span.version for turn in stored.turns for span in turn.versions}
+            if max_staleness is not None and not sampled_by <= fresh:
+                on_stale(session_id)
+                continue
             tree = Tree(())
             for turn in stored.turns:
                 tree.commit(turn)
@@ -69,6 +86,16 @@ async def stored_samples(store: Store, session_ids: Sequence[str] = ()) -> Async
         if session_ids or not ids:
             return
         after = ids[-1]
+
+
+async def _fresh_versions(store: Store, max_staleness: int, at_version: str | None) -> frozenset[str]:
+    """The versions that are at most so many older than `at_version`; newer ones are fresh."""
+    order = version_order([version for version, _ in await store.versions()])
+    if at_version is not None and at_version not in order:
+        known = ", ".join(sorted(order, key=order.__getitem__)) or "none"
+        raise ConfigError(f"version {at_version!r} was never seen; those in the store, oldest first: {known}")
+    now = max(order.values(), default=0) if at_version is None else order[at_version]
+    return frozenset(version for version, place in order.items() if place >= now - max_staleness)
 
 
 def to_json_rows(batch: pa.RecordBatch) -> bytes:
