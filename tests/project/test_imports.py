@@ -42,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
-        *CORE, "audit", "demo", "engines", "export", "formatfile", "formats", "gateway", "model", "store",
+        *CORE, "audit", "cli", "demo", "engines", "export", "formatfile", "formats", "gateway", "model", "store",
         "volatile", "",
     },
     "clients": {*CORE, "gateway"},

@@ -57,8 +57,8 @@ async def stored_samples(
 ) -> AsyncGenerator[pa.RecordBatch]:
     """The samples of these sessions, or of all in the store; one session is in memory at a time.
 
-    With `max_staleness` a session is left out whole, and `on_stale` is told its id, where weights that sampled
-    in it are more than so many versions older than `at_version` (None: the newest in the store).
+    With `max_staleness` a session is left out whole, and `on_stale` is told its id, where weights that
+    sampled in it are more than so many versions older than `at_version` (None: the newest in the store).
 
     Raises:
         ConfigError: the store has no such session, or no such version.

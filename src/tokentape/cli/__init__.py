@@ -1,0 +1,47 @@
+"""The command line: configuration and wiring. The only place that prints.
+
+One file a command; `options` has what several of them take.
+"""
+
+from typing import Any
+
+import click
+
+from tokentape import __version__
+from tokentape.cli.audit import audit
+from tokentape.cli.demo import demo
+from tokentape.cli.export import export
+from tokentape.cli.serve import engine, serve
+from tokentape.errors import TokentapeError
+
+
+class _Group(click.Group):
+    """An error becomes one line and exit code 2; `--help` lists commands in the order of use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TokentapeError as error:
+            click.echo(f"tokentape: {' '.join(str(error).split())}", err=True)
+            ctx.exit(2)
+        except OSError as error:  # an address in use, a directory that cannot be written
+            click.echo(f"tokentape: {error}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="tokentape")
+def main() -> None:
+    """Token-exact reinforcement-learning data from any LLM agent.
+
+    Start with `tokentape demo`. Then put `tokentape serve` between your agent and your SGLang server, and
+    give the agent the gateway's URL instead of OpenAI's.
+    """
+
+
+for _command in (demo, serve, engine, export, audit):
+    main.add_command(_command)

@@ -1,0 +1,227 @@
+"""`tokentape serve` and `tokentape engine`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import uvloop
+
+from tokentape.cli.options import (
+    PORT,
+    SECONDS,
+    format_options,
+    log_level_option,
+    log_to_stderr,
+    ready,
+    stop_event,
+    template_argument,
+    until_stopped,
+)
+from tokentape.engines.sglang import SGLangConfig
+from tokentape.errors import ConfigError
+from tokentape.formatfile import read_formats
+from tokentape.gateway.parts import GatewayConfig
+from tokentape.gateway.service import ServiceConfig, running
+from tokentape.gateway.turn import Capture
+from tokentape.model import TINY_MODEL
+from tokentape.volatile import RULES as VOLATILE
+
+
+@click.command()
+@click.option("--model", required=True, help="Model directory or hub id: tokenizer and chat template.")
+@click.option(
+    "--engine", "engines", required=True, multiple=True, metavar="URL", help="URL of the SGLang server."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=PORT, default=8000, show_default=True, help="Port to listen on; 0 picks a free one."
+)
+@click.option(
+    "--store",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("tokentape.sqlite"),
+    show_default=True,
+    help="SQLite file of the sessions; an existing one is continued.",
+)
+@format_options
+@click.option(
+    "--volatile",
+    "volatile",
+    multiple=True,
+    default=("billing-header",),
+    show_default=True,
+    metavar="RULE",
+    help=f"System and user text that does not count when requests are matched: {', '.join(VOLATILE)}, or a "
+    "regular expression; may be repeated. none: every character counts.",
+)
+@click.option(
+    "--capture",
+    multiple=True,
+    type=click.Choice(["support", "routed-experts"]),
+    help="Also ask the engine for what truncation left to sample from, or where tokens were routed; may be "
+    "repeated. See docs/training.md.",
+)
+@click.option("--auto-sessions", is_flag=True, help="Create unknown sessions when they are first used.")
+@click.option("--api-key", envvar="TOKENTAPE_API_KEY", help="Require this key from every caller.")
+@click.option("--engine-api-key", envvar="TOKENTAPE_ENGINE_API_KEY", help="The key that the engine asks for.")
+@click.option(
+    "--strict", is_flag=True, help="Refuse request fields that have no effect, instead of recording them."
+)
+@click.option("--served-model-name", default="policy", show_default=True, help="The model's name in replies.")
+@click.option(
+    "--context-length", type=click.IntRange(min=1), help="Tokens of context; default: what the engine says."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Tokens to sample where neither request nor context length says.",
+)
+@click.option(
+    "--connect-timeout", type=SECONDS, default=5.0, show_default=True, help="Seconds to reach the engine."
+)
+@click.option(
+    "--first-token-timeout",
+    type=SECONDS,
+    default=600.0,
+    show_default=True,
+    help="Seconds to a stream's first token.",
+)
+@click.option(
+    "--token-timeout",
+    type=SECONDS,
+    default=60.0,
+    show_default=True,
+    help="Seconds between a stream's tokens.",
+)
+@click.option(
+    "--timeout", type=SECONDS, default=3600.0, show_default=True, help="Seconds for a whole generation."
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Generations at a time.",
+)
+@click.option(
+    "--max-body-mb", type=click.IntRange(min=1), default=64, show_default=True, help="Largest request."
+)
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds to finish at SIGTERM.",
+)
+@log_level_option
+def serve(
+    model: str,
+    engines: Sequence[str],
+    host: str,
+    port: int,
+    store: Path,
+    tool_format: str,
+    reasoning_format: str,
+    formats: Path | None,
+    template_args: Sequence[str],
+    history: Any,
+    volatile: Sequence[str],
+    capture: Sequence[str],
+    auto_sessions: bool,
+    api_key: str | None,
+    engine_api_key: str | None,
+    strict: bool,
+    served_model_name: str,
+    context_length: int | None,
+    max_tokens: int,
+    connect_timeout: float,
+    first_token_timeout: float,
+    token_timeout: float,
+    timeout: float,
+    max_connections: int,
+    max_body_mb: int,
+    drain_timeout: float,
+    log_level: str,
+) -> None:
+    """Serve agents through an SGLang server and record their tapes.
+
+    Create a session with POST /sessions and give its base_url to the agent as OpenAI's; finish it with its
+    reward; read its tapes from /sessions/ID/samples, or all of them with `tokentape export`.
+    """
+    log_to_stderr(log_level)
+    if api_key is not None and not api_key.strip():
+        raise ConfigError("--api-key is empty: leave it out, or give a key (is its variable set?)")
+    if len(engines) > 1:
+        raise ConfigError("several --engine URLs are not supported yet: give one, for example a router's")
+    if "none" in volatile and len(volatile) > 1:
+        raise ConfigError("--volatile none goes with no other --volatile")
+    config = ServiceConfig(
+        model=model,
+        engine=SGLangConfig(
+            url=engines[0],
+            connect_timeout_s=connect_timeout,
+            first_token_timeout_s=first_token_timeout,
+            token_timeout_s=token_timeout,
+            total_timeout_s=timeout,
+            max_connections=max_connections,
+            api_key=engine_api_key,
+        ),
+        store=store,
+        host=host,
+        port=port,
+        tool_format=tool_format,
+        reasoning_format=reasoning_format,
+        formats=() if formats is None else read_formats(formats),
+        template_arguments=dict(map(template_argument, template_args)),
+        history=history,
+        volatile=tuple(rule for rule in volatile if rule != "none"),
+        capture=Capture("support" in capture, "routed-experts" in capture),
+        auto_sessions=auto_sessions,
+        default_max_tokens=max_tokens,
+        drain_s=drain_timeout,
+        http=GatewayConfig(
+            model=served_model_name,
+            api_key=api_key,
+            strict=strict,
+            max_body_bytes=max_body_mb * 2**20,
+            context_length=context_length,
+        ),
+    )
+    uvloop.run(until_stopped(running(config)))
+
+
+@click.command()
+@click.option(
+    "--model", default=str(TINY_MODEL), help="Model directory or hub id; default: the bundled tiny model."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=PORT, default=30000, show_default=True, help="Port to listen on; 0 picks a free one."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="auto (float32 on CPU), float32, bfloat16, float16."
+)
+@log_level_option
+def engine(model: str, host: str, port: int, device: str, dtype: str, log_level: str) -> None:
+    """Serve a Hugging Face causal model over SGLang's native protocol.
+
+    For tests, demos and small models; a real SGLang server is what you train with.
+    """
+    log_to_stderr(log_level)
+    try:
+        from tokentape.engines.local import run_engine
+    except ImportError as error:
+        raise ConfigError(
+            f"the embedded engine needs its extra: pip install 'tokentape[local]' ({error})"
+        ) from error
+
+    async def run() -> None:
+        await run_engine(
+            model, ready=ready, stopped=stop_event(), host=host, port=port, device=device, dtype=dtype
+        )
+
+    uvloop.run(run())
