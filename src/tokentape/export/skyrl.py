@@ -31,7 +31,7 @@ from tokentape.types import Json
 
 CONVENTION = (
     "split behind the first prompt; mask and log-probabilities over the response, not shifted, 0.0 where the "
-    "mask is 0; one reward a sample, or one a token where turns have rewards; branches are steps of one session"
+    "mask is 0; one reward a sample, or one a token where turns have rewards; branches are a session's steps"
 )
 
 
