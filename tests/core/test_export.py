@@ -18,12 +18,20 @@ from hypothesis import strategies as st
 from recorded import TOOLS, Recorder, call, record, result, said, turn, user
 
 from tokentape.errors import ConfigError, InternalError, StoreError
-from tokentape.export.samples import chat_message, samples, to_arrow_stream, to_json_rows, write_parquet
+from tokentape.export.samples import (
+    chat_message,
+    samples,
+    stored_samples,
+    to_arrow_stream,
+    to_json_rows,
+    write_parquet,
+)
 from tokentape.invariants import check_samples
 from tokentape.labels import labels
 from tokentape.schema import SAMPLES
-from tokentape.tape import Origin, Tape, lay_out
-from tokentape.types import Message, Sampling, ToolCall
+from tokentape.store import SQLiteStore
+from tokentape.tape import Origin, Tape, lay_out, version_order
+from tokentape.types import Message, Sampling, ToolCall, VersionSpan
 from tokentape.volatile import Superseded
 
 
@@ -258,6 +266,59 @@ def test_the_control_a_tape_that_lies_is_seen_in_its_row() -> None:
     mask[0] = 1
     rows = samples(record(), [replace(tape, loss_mask=mask), other]).to_pylist()
     assert check_samples(rows) == ["sample t2: token 0: mask 1 outside every turn's completion"]
+
+
+# -- staleness
+
+
+@pytest.fixture
+async def store_of_three(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
+    """Sessions s1 to s3, each a step newer; s2 has tokens of both its steps."""
+    store = SQLiteStore(tmp_path / "s.sqlite")
+    for version in ("9", "10", "11"):
+        await store.put_version(version, "engine")
+    spans = {
+        "s1": (VersionSpan("9", 0, 2),),
+        "s2": (VersionSpan("10", 0, 1), VersionSpan("11", 1, 2)),
+        "s3": (VersionSpan("11", 0, 2),),
+    }
+    for session_id, versions in spans.items():
+        await store.put_session(record(session_id))
+        await store.put_turns(session_id, [turn(f"t-{session_id}", versions=versions)])
+    yield store
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "at_version", "kept"),
+    [
+        (None, None, ["s1", "s2", "s3"]),
+        (2, None, ["s1", "s2", "s3"]),
+        (1, None, ["s2", "s3"]),
+        (0, None, ["s3"]),
+        (0, "10", ["s2", "s3"]),
+        (0, "9", ["s1", "s2", "s3"]),
+    ],
+)
+async def test_stale_sessions_are_left_out(
+    store_of_three: SQLiteStore, max_staleness: int | None, at_version: str | None, kept: list[str]
+) -> None:
+    stale: list[str] = []
+    batches = stored_samples(
+        store_of_three, max_staleness=max_staleness, at_version=at_version, on_stale=stale.append
+    )
+    assert [row["session_id"] async for one in batches for row in one.to_pylist()] == kept
+    assert sorted([*kept, *stale]) == ["s1", "s2", "s3"]
+
+
+async def test_a_version_that_was_never_seen(store_of_three: SQLiteStore) -> None:
+    with pytest.raises(ConfigError, match="oldest first: 9, 10, 11"):
+        _ = [one async for one in stored_samples(store_of_three, max_staleness=1, at_version="12")]
+
+
+def test_the_order_of_versions() -> None:
+    assert list(version_order(["10", "9", "9", "11"])) == ["9", "10", "11"]
+    assert version_order(["b", "a", "10", "9"]) == {"b": 0, "a": 1, "10": 2, "9": 3}
 
 
 # -- Parquet

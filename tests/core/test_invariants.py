@@ -44,6 +44,11 @@ def test_good_rows() -> None:
     for row in other:
         row["session_id"] = "s2"  # the same ids in another session are other turns
     assert check_samples([*rows(), *other]) == []
+    captured = rows()
+    _capture(0)(captured)
+    captured[0]["routed_experts"] = {"data": bytes(36), "dtype": "uint16", "width": 2}
+    captured[1]["routed_experts"] = {"data": "AAAA" * 14, "dtype": "uint8", "width": 3}  # as JSON has it
+    assert check_samples(captured) == []
     for reward in (None, 1, -2.5):
         changed = rows()
         changed[0]["reward"] = changed[1]["reward"] = reward
@@ -83,6 +88,17 @@ def _train(row: int, turn: int, trained: bool) -> Callable[[Rows], None]:
         spans = [v for v in target["weight_versions"] if not span["start"] <= v["start"] < span["end"]]
         spans += [{"version": "v", "start": span["start"], "end": span["end"]}] * trained
         target["weight_versions"] = sorted(spans, key=lambda v: v["start"])
+
+    return corrupt
+
+
+def _capture(row: int) -> Callable[[Rows], None]:
+    """Let a row have a support for each of its trained tokens."""
+
+    def corrupt(rows: Rows) -> None:
+        ids, mask = rows[row]["token_ids"], rows[row]["loss_mask"]
+        rows[row]["support"] = [[i, 0] if m else None for i, m in zip(ids, mask, strict=True)]
+        rows[row]["sampling_logprobs"] = [-0.25 if m else None for m in mask]
 
     return corrupt
 
@@ -222,6 +238,52 @@ CORRUPTIONS: dict[str, tuple[Callable[[Rows], None], str]] = {
         "sample t3: 1 tokens follow the last turn's completion",
     ),
     "a turn twice": (_set(0, "turns", "t3", 0, "turn_id"), "sample t3: turn t3 is there twice"),
+    # captured
+    "supports without log-probabilities": (
+        _set(0, "support", [None] * 10),
+        "sample t3: one of support and sampling_logprobs is null",
+    ),
+    "a support too short": (
+        _also(_set(0, "support", [None] * 9), _set(0, "sampling_logprobs", [None] * 10)),
+        "sample t3: support 9, sampling_logprobs 10, token_ids 10",
+    ),
+    "a support where nothing was sampled": (
+        _also(_capture(0), _set(0, "support", [1], 0), _set(0, "sampling_logprobs", -0.5, 0)),
+        "sample t3: token 0: mask 0 with a support",
+    ),
+    "a support without its token": (
+        _also(_capture(0), _set(0, "support", [0], 9)),
+        "sample t3: token 9: it is not in its own support",
+    ),
+    "a support without its log-probability": (
+        _also(_capture(0), _set(0, "sampling_logprobs", None, 9)),
+        "sample t3: token 9: one of its support and its sampling_logprob is null",
+    ),
+    "a log-probability in a support": (
+        _also(_capture(0), _set(0, "sampling_logprobs", 0.5, 9)),
+        "sample t3: token 9: 0.5 is no log-probability (sampling_logprobs)",
+    ),
+    "routed experts of a token too few": (
+        _set(0, "routed_experts", {"data": bytes(16), "dtype": "uint8", "width": 2}),
+        "sample t3: routed_experts is not of 9 tokens",
+    ),
+    "routed experts of another type": (
+        _set(0, "routed_experts", {"data": bytes(18), "dtype": "int8", "width": 2}),
+        "sample t3: routed_experts is not of 9 tokens",
+    ),
+    "a basis that is none": (
+        _set(0, "turns", "maybe", 1, "logprob_basis"),
+        "sample t3: turn t3: logprob_basis is 'maybe'",
+    ),
+    "a turn's reward that is none": (
+        _set(0, "turns", math.inf, 1, "reward"),
+        "sample t3: turn t3: reward is inf",
+    ),
+    "a turn's reward of another type": (
+        _set(0, "turns", "high", 1, "reward"),
+        "sample t3: turns[1].reward is not a float",
+    ),
+    "a group that is a number": (_set(0, "group_id", 7), "sample t3: group_id is a int"),
     # what the row says of itself
     "another prompt length": (
         _set(0, "num_prompt_tokens", 4),

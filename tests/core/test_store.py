@@ -63,6 +63,9 @@ FULL = record(
     max_turns=0,
     max_tokens=1,
     reward=0.0,
+    group_id="",
+    turn_rewards={"t": -1.5, "ü": 0.0},
+    branch_rewards={"t": 2.0},
 )
 
 
@@ -169,6 +172,16 @@ async def test_sessions_are_listed_page_by_page(store: Store) -> None:
         assert await listed("open", limit) == sorted(names[0::2])
         assert await listed("finished", limit) == sorted(names[1::2])
         assert await listed("sealed", limit) == []
+
+
+async def test_versions_keep_their_order(store: Store, open_store: Open) -> None:
+    for version, said_by in (("b", "engine"), ("a", "caller"), ("b", "caller")):
+        await store.put_version(version, said_by)
+    assert await store.versions() == [("b", "engine"), ("a", "caller")]
+    await store.aclose()
+    other = open_store()
+    assert await other.versions() == [("b", "engine"), ("a", "caller")]
+    await other.aclose()
 
 
 async def test_a_turn_of_a_known_id_is_refused_and_changes_nothing(store: Store) -> None:
