@@ -28,7 +28,7 @@ def forked(
     """
     recorder, first, second = Recorder(), said("look", call()), said("b")
     start = [Message("system", "s"), user("u")]
-    captured = _Captured(recorder, experts, support)
+    captured = Captured(recorder, experts, support)
     captured.run(start, first, TOOLS, versions=(VersionSpan("3", 0, 2),), num_rows_before=0)
     captured.run(
         [*start, first, result("x")],
@@ -58,7 +58,7 @@ def forked(
 def single(session_id: str = "s2", *, experts: bool = False, **changes: Any) -> list[Row]:
     """A session of one turn, cut by length."""
     recorder = Recorder()
-    _Captured(recorder, experts, support=False).run(
+    Captured(recorder, experts).run(
         [user("u")],
         said("cut"),
         completion=[8001, 8002, 8003, 8004],
@@ -86,10 +86,10 @@ def as_json(given: Sequence[Row]) -> list[Row]:
     return msgspec.json.decode(msgspec.json.encode(given))
 
 
-class _Captured:
+class Captured:
     """A recorder whose engine reports experts, or what truncation kept."""
 
-    def __init__(self, recorder: Recorder, experts: bool, support: bool) -> None:
+    def __init__(self, recorder: Recorder, experts: bool = False, support: bool = False) -> None:
         self.recorder, self.experts, self.support = recorder, experts, support
 
     def run(self, *request: Any, num_rows_before: int = 1, **changes: Any) -> Turn:

@@ -4,8 +4,7 @@ Read in areal 1.0.4, `areal/workflow/rlvr.py`, `areal/experimental/openai/types.
 `areal/trainer/ppo/actor.py`.
 
 - No split: `input_ids`, `loss_mask`, `logprobs`, `versions` are over the whole tape of N tokens, not shifted;
-  AReaL rolls mask and log-probabilities by one itself, so that a trained first token is an error here: it
-  would come out last. `logprobs` is 0.0 where the mask is 0, and only there.
+  AReaL rolls mask and log-probabilities by one itself. `logprobs` is 0.0 where the mask is 0, and only there.
 - A turn that another sample trains is context: mask 0. AReaL's own export of a tree trains it in each branch.
 - `versions`: an integer for each trained token, -1 elsewhere. Ours are texts: a version of decimal digits is
   its number; for others give `versions`, a number for each name. One without a number is an error.
@@ -36,8 +35,8 @@ def rows(samples: Sequence[Row], *, versions: Mapping[str, int] | None = None) -
     """Samples as the entries of a trajectory, lists for tensors, one each.
 
     Raises:
-        ConfigError: a sample is not sound, trains its first token, has no reward or routed experts, or one of
-            its versions is no number and `versions` has none for it.
+        ConfigError: a sample is not sound, has no reward or has routed experts, or one of its versions is no
+            number and `versions` has none for it.
     """
     with_turn_rewards = any(
         turn["trained"] and turn["reward"] is not None for sample in samples for turn in sample["turns"]
@@ -82,8 +81,6 @@ def _refuse(sample: Row) -> None:
     name = f"sample {sample['sample_id']}"
     if sample["reward"] is None:
         raise ConfigError(f"{name} has no reward, AReaL takes none without: give one when it finishes")
-    if sample["loss_mask"][:1] == [1]:
-        raise ConfigError(f"{name} trains its first token, and AReaL shifts by one: begin with a prompt")
     if sample["routed_experts"] is not None:
         raise ConfigError(
             f"{name} has routed experts, and AReaL replays none: set the column routed_experts to None to "

@@ -44,7 +44,7 @@ def checked(row: Row) -> Row:
 
     Raises:
         ConfigError: the arrays disagree, a trained token has no finite log-probability, another has one, or
-            the first prompt is trained.
+            the first prompt or a first token is trained.
     """
     name, mask, logprobs = f"sample {row['sample_id']}", row["loss_mask"], row["logprobs"]
     if not len(row["token_ids"]) == len(mask) == len(logprobs):
@@ -58,6 +58,8 @@ def checked(row: Row) -> Row:
             raise ConfigError(f"{name}: token {at} is not trained, but has a log-probability")
     if not 0 <= row["num_prompt_tokens"] <= len(mask) or any(mask[: row["num_prompt_tokens"]]):
         raise ConfigError(f"{name}: num_prompt_tokens {row['num_prompt_tokens']} does not fit the mask")
+    if mask and mask[0]:
+        raise ConfigError(f"{name}: its first token is trained, and no model predicts a first token")
     return row
 
 

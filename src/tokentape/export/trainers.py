@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tokentape.export import areal, skyrl, slime, verl
+from tokentape.export import areal, nemo_rl, skyrl, slime, verl
 from tokentape.export.row import Row
 from tokentape.types import Json
 
@@ -23,6 +23,7 @@ class Trainer:
 
 _ALL: tuple[Trainer, ...] = (
     Trainer("areal", areal.rows, areal.CONVENTION),
+    Trainer("nemo-rl", nemo_rl.rows, nemo_rl.CONVENTION),
     Trainer("skyrl", skyrl.rows, skyrl.CONVENTION),
     Trainer("slime", slime.rows, slime.CONVENTION),
     Trainer("verl", verl.rows, verl.CONVENTION),
