@@ -51,7 +51,8 @@ def rows(samples: Sequence[Row], *, experts_per_token: int | None = None) -> Ite
             "message_log": list(_messages(sample, _routes(sample, experts_per_token))),
             "length": len(sample["token_ids"]),
             "extra_env_info": {
-                **{name: sample[name] for name in ("session_id", "sample_id", "group_id", "weight_versions")},
+                **{name: sample[name] for name in ("session_id", "sample_id", "group_id")},
+                "weight_versions": [dict(span) for span in sample["weight_versions"]],
                 "turn_rewards": [turn["reward"] for turn in sample["turns"] if turn["trained"]],
             },
             "loss_multiplier": 1.0,
