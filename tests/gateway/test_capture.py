@@ -1,5 +1,6 @@
 """What the engine captured beside the tokens arrives in the samples, aligned across turns and resumptions."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 import tokentape
-from gatewaykit import END, USER, sampled, split
+from gatewaykit import END, USER, Gateway, sampled, split
 from tokentape.engines.local import LocalEngine
 from tokentape.engines.server import make_app, serve
 from tokentape.invariants import check_samples
@@ -119,3 +120,16 @@ async def test_a_model_without_experts(fake: FakeSGLang, model_dir: Path) -> Non
     async with tokentape.open(model=model_dir, engine=fake.url, capture=["routed-experts"]) as tape:
         with pytest.raises(tokentape.errors.EngineProtocolError, match="--enable-return-routed-experts"):
             await tape.session().chat([USER])
+
+
+async def test_the_engine_has_defaults_of_its_own(fake: FakeSGLang, gateway: Gateway) -> None:
+    """`--preferred-sampling-params`: they are part of what the turn was sampled with."""
+    fake.preferred_sampling_params = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "regex": None}
+    fake.script(sampled("hello"), sampled("hello"))
+    session_id = await gateway.create(sampling={"top_p": 0.5})
+    await gateway.chat(session_id, [USER], temperature=1.5)
+    params = fake.requests[0].sampling_params
+    assert (params["temperature"], params["top_p"], params["top_k"]) == (1.5, 0.5, 20)
+    (sample,) = await gateway.samples(session_id)
+    assert sample["turns"][0]["logprob_basis"] == "untruncated"
+    assert json.loads(sample["sampling"])[0]["top_k"] == 20

@@ -30,6 +30,9 @@ async def test_a_run_under_updates(
         print(f"{checked.num_mixed} of {checked.num_turns} turns mixed; other weights: {wrong:.3f}")  # noqa: T201
     assert checked.num_turns == 4 * 2
     assert checked.num_mixed >= 2, "no turn had an update in its middle: this run proves nothing"
-    # bfloat16 on a CPU: 0.02 is usual between a decode and a prefill.
-    assert all(mean < 0.06 for mean in means.values())
-    assert wrong > 4 * max(means.values()), "both weights say the same: this run proves nothing"
+    # bfloat16 on a CPU: 0.02 to 0.04 is usual between a decode and a prefill.
+    assert all(mean < 0.1 for version, mean in means.items() if len(checked.own[version]) >= 10)
+    own = [difference for differences in checked.own.values() for difference in differences]
+    assert sum(own) / len(own) < 0.06
+    assert checked.worst < 0.5
+    assert wrong > 0.5, "both weights say the same: this run proves nothing"

@@ -1,7 +1,7 @@
 """What tokentape asks of an engine: prompt ids in, sampled ids with one log-probability each out."""
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tokentape.types import Prompt, RoutedExperts, Sampling, Support, VersionSpan
@@ -66,11 +66,15 @@ class GenerateResult:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine says of itself. None where it does not say."""
+    """What an engine says of itself. None where it does not say.
+
+    `sampling` holds where a request does not say otherwise: an operator's choice, else empty.
+    """
 
     model: str | None
     context_length: int | None
     weight_version: str | None
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 class Engine(Protocol):

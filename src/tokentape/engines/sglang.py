@@ -18,6 +18,7 @@ import aiohttp
 import msgspec
 
 from tokentape import errors
+from tokentape.engines import sglang_info
 from tokentape.engines import sglang_protocol as protocol
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
 from tokentape.engines.sglang_errors import error_message, lost, refusal
@@ -157,19 +158,24 @@ class SGLangEngine:
         Raises:
             EngineError: `EngineUnavailable` when it is down, else what its answer means.
         """
-        model = await self._get("/model_info", protocol.ModelInfo)
+        model = await self._get("/model_info", sglang_info.ModelInfo)
         if model is None:  # the older name, deprecated since
-            model = await self._get("/get_model_info", protocol.ModelInfo)
+            model = await self._get("/get_model_info", sglang_info.ModelInfo)
         if model is None:
             raise refusal(404, "neither /model_info nor /get_model_info exists")
-        cards = await self._get("/v1/models", protocol.Models)
+        cards = await self._get("/v1/models", sglang_info.Models)
         length = (
             next((card.max_model_len for card in cards.data if card.max_model_len), None) if cards else None
         )
         if length is None:
-            server = await self._get("/get_server_info", protocol.ServerInfo)
+            server = await self._get("/get_server_info", sglang_info.ServerInfo)
             length = server.context_length if server else None
-        return EngineInfo(model=model.model_path, context_length=length, weight_version=model.weight_version)
+        return EngineInfo(
+            model=model.model_path,
+            context_length=length,
+            weight_version=model.weight_version,
+            sampling=model.sampling(),
+        )
 
     async def aclose(self) -> None:
         """Abort the generations under way, wait for aborts already sent, close the connections."""

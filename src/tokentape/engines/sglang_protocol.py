@@ -1,6 +1,6 @@
 """SGLang's native protocol, sans-IO: bodies out, answers in. The only file that names its fields.
 
-What its refusals mean is `engines/sglang_errors.py`'s.
+What its refusals mean is `engines/sglang_errors.py`'s, what it says of itself `engines/sglang_info.py`'s.
 
 Facts were observed on SGLang 0.5.23 unless marked (source), which were read in that release's code.
 """
@@ -164,31 +164,6 @@ class _Answer(msgspec.Struct):  # of /generate, whole or one event
     output_ids: list[int] | None = None
     meta_info: _Meta | None = None
     error: Any = None
-
-
-class ModelInfo(msgspec.Struct):
-    """The answer of `/model_info`."""
-
-    model_path: str | None = None
-    weight_version: str | None = None
-
-
-class ModelCard(msgspec.Struct):
-    """One model of `/v1/models`; a LoRA adapter has no length of its own."""
-
-    max_model_len: int | None = None
-
-
-class Models(msgspec.Struct):
-    """The answer of `/v1/models`."""
-
-    data: list[ModelCard] = msgspec.field(default_factory=list[ModelCard])
-
-
-class ServerInfo(msgspec.Struct):
-    """The answer of `/get_server_info`; the length is null unless set on the command line."""
-
-    context_length: int | None = None
 
 
 _Triple = tuple[float | None, int, str | None]  # log-probability, id, text (null unless asked for)

@@ -135,6 +135,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
             weights,
             metrics,
             context_length=config.http.context_length or sizes.context_length,
+            context_is_fixed=config.http.context_length is not None,
             eos_ids=eos_ids,
             capture=config.capture,
             default_max_tokens=config.default_max_tokens,
@@ -149,8 +150,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
         )
         api = AgentApi(turns, wires)
         stack.push_async_callback(api.aclose)
-        if config.http.context_length is None:
-            await stack.enter_async_context(_learning(engine, turns.planner, wait=ask_engine))
+        await stack.enter_async_context(_learning(engine, turns.planner, wait=ask_engine))
         yield Gateway(config.http, engine, weights, store, sessions, turns, api, metrics)
 
 
@@ -196,7 +196,7 @@ def _store(path: Path | None, fingerprint: str) -> SQLiteStore:
 
 @contextlib.asynccontextmanager
 async def _learning(engine: Engine, planner: Planner, *, wait: bool) -> AsyncGenerator[None]:
-    """Ask the engine for its context length while the context is open, until it answers."""
+    """Ask the engine for its context length and sampling defaults until it answers."""
     asked = asyncio.Event()
 
     async def learn() -> None:
@@ -208,8 +208,7 @@ async def _learning(engine: Engine, planner: Planner, *, wait: bool) -> AsyncGen
                 log.info("engine: not there yet: %s", error)
             else:
                 log.info("engine: %s", info_json(info))
-                if info.context_length is not None:
-                    planner.context_length = info.context_length
+                planner.learn(info)
                 return
             finally:
                 asked.set()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from tokentape.constrain import constrain
+from tokentape.engines.base import EngineInfo
 from tokentape.errors import ContextOverflow, LimitReached, RequestError
 from tokentape.formats import Format
 from tokentape.gateway.exchange import TurnRequest
@@ -46,9 +47,10 @@ class Plan:
 class Planner:
     """Plans turns of any session.
 
-    `context_length` in tokens bounds prompt plus completion; None: only the engine knows it. `end_ids` are
-    the tokens that may end a turn. `default_max_tokens` holds where neither the request, the session, nor the
-    context says how much to sample.
+    `context_length` in tokens bounds prompt plus completion; None: only the engine knows it. What the engine
+    says of it replaces it, unless it `is_fixed`. `end_ids` are the tokens that may end a turn.
+    `default_max_tokens` holds where neither the request, the session, nor the context says how much to
+    sample.
     """
 
     def __init__(
@@ -58,15 +60,24 @@ class Planner:
         volatile: Volatile,
         *,
         context_length: int | None,
+        is_fixed: bool,
         end_ids: frozenset[int],
         default_max_tokens: int,
     ) -> None:
         self.context_length = context_length
+        self._is_fixed = is_fixed
+        self.engine_sampling: Sampling | None = None
         self._renderer = renderer
         self._format = format
         self._volatile = volatile
         self._end_ids = end_ids
         self._default_max_tokens = default_max_tokens
+
+    def learn(self, info: EngineInfo) -> None:
+        """Take what the engine says of itself."""
+        self.engine_sampling = info.sampling
+        if not self._is_fixed and info.context_length is not None:
+            self.context_length = info.context_length
 
     def plan(self, session: Session, request: TurnRequest) -> Plan:
         """Find what the request continues, what its prompt is, and how to sample.
@@ -76,7 +87,10 @@ class Planner:
         """
         budget = session.budget(request.num_choices)
         plan = self._joined(session, request)
-        sampling = _merged(session.record.sampling, request.sampling)
+        # The engine's own defaults are sent back to it: the turn then records all that it was sampled with.
+        sampling = _merged(
+            _merged(self.engine_sampling or Sampling(), session.record.sampling), request.sampling
+        )
         stop = sampling.stop
         if request.demand is not None:
             wanted = constrain(

@@ -16,7 +16,14 @@ import msgspec
 from msgspec.structs import replace
 
 from tokentape.engines.base import Engine, GenerateRequest, GenerateResult, TokenChunk
-from tokentape.errors import InternalError, LimitReached, RequestError, StoreError, TokentapeError
+from tokentape.errors import (
+    EngineUnavailable,
+    InternalError,
+    LimitReached,
+    RequestError,
+    StoreError,
+    TokentapeError,
+)
 from tokentape.formats import FORMATS, Format, foreign
 from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, TurnRequest
 from tokentape.gateway.plan import Plan, Planner
@@ -100,6 +107,7 @@ class Turns:
         metrics: Metrics,
         *,
         context_length: int | None,
+        context_is_fixed: bool = False,
         eos_ids: frozenset[int] = frozenset(),
         default_max_tokens: int = 4096,
         formats: Sequence[Format] = FORMATS,
@@ -122,6 +130,7 @@ class Turns:
             format,
             volatile,
             context_length=context_length,
+            is_fixed=context_is_fixed,
             end_ids=self._maybe_stop,
             default_max_tokens=default_max_tokens,
         )
@@ -140,6 +149,8 @@ class Turns:
         """
         session.check_open()
         began = time.monotonic()
+        if self.planner.engine_sampling is None:
+            await self._ask_engine()
         plan = self.planner.plan(session, request)
         num_tokens = 0
         calls: list[Progress] = []
@@ -208,6 +219,16 @@ class Turns:
             log.exception("session %s: the failure could not be stored", session.session_id)
 
     # -- the engine
+
+    async def _ask_engine(self) -> None:
+        """What it samples with by itself belongs to the turn. One that is not there will fail the turn."""
+        try:
+            self.planner.learn(await self._engine.info())
+        except EngineUnavailable:
+            pass
+        except TokentapeError as error:
+            log.warning("engine: it does not say what it samples with by itself: %s", error)
+            self.planner.engine_sampling = Sampling()
 
     async def _sample(
         self, request: TurnRequest, plan: Plan, turn_ids: Sequence[str], emit: Emit

@@ -66,6 +66,7 @@ class FakeSGLang:
         self.incremental = incremental
         self.responder = responder
         self.weight_version = "default"
+        self.preferred_sampling_params: dict[str, object] | None = None
         self.requests: list[ReceivedRequest] = []
         self.aborts: list[str] = []
         self.alive = False
@@ -260,6 +261,7 @@ class FakeSGLang:
 
     async def _model_info(self, _http: web.Request) -> web.Response:
         info = {"model_path": "fake", "is_generation": True, "weight_version": self.weight_version}
+        info |= {"preferred_sampling_params": self.preferred_sampling_params}
         return json_answer(200, info)
 
     async def _server_info(self, _http: web.Request) -> web.Response:
