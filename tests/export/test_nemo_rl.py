@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from episodes import EXPERTS_PER_TOKEN, NUM_LAYERS, Captured, forked, rows, silent, single
-from recorded import Recorder, said, user
+from recorded import Recorder, call, result, said, user
 
 from tokentape.errors import ConfigError
 from tokentape.export import nemo_rl
@@ -95,6 +95,20 @@ def test_messages_are_the_tape_and_roles_are_the_mask(experts: bool) -> None:
             width = NUM_LAYERS * EXPERTS_PER_TOKEN
             assert flat == [*sample["routed_experts"]["data"], *[-1] * width]
             assert all(len(m["routed_experts"]) == len(m["token_ids"]) for m in log)
+
+
+def test_all_that_a_turn_was_given_is_its_message() -> None:
+    recorder = Recorder()
+    first = said(None, call(id="c1"), call(id="c2"))
+    recorder.run([user("u")], first)
+    recorder.run([user("u"), first, result("x", "c1"), result("y", "c2")], said("b"))
+    [row] = nemo_rl.rows(rows(recorder, reward=1.0))
+    assert [(m["role"], m["content"]) for m in row["message_log"]] == [
+        ("user", "u"),
+        ("assistant", ""),
+        ("environment", "x\ny"),
+        ("assistant", "b"),
+    ]
 
 
 def test_a_turn_without_tokens_is_an_empty_message() -> None:
