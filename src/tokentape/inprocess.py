@@ -285,6 +285,27 @@ class Recorder:
         }
         return RecordedSession(self, control.read_body(_encode(settings), control.Create), session_id)
 
+    async def announce(self, version: str) -> Json:
+        """The engine has new weights of this name; what is in force: its own report, where it has one.
+
+        Raises:
+            EngineError: the engine does not answer.
+            NotPaused: the engine has no name for its weights, and turns are being sampled.
+        """
+        return await self.gateway.weights.announce(version)
+
+    async def pause(self) -> None:
+        """Interrupt what is being sampled and hold it, with all that comes, until `resume`.
+
+        Raises:
+            EngineError: the engine does not answer; the recorder is paused all the same.
+        """
+        await self.gateway.weights.pause()
+
+    def resume(self) -> None:
+        """Let everything go on, behind the tokens that are there."""
+        self.gateway.weights.resume()
+
     async def export(self, path: Path | str) -> int:
         """Write the samples of all sessions in the store to a Parquet file, and return how many.
 

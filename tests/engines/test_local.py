@@ -301,7 +301,9 @@ def test_greedy_is_unscaled(engine: LocalEngine, model_dir: Path):
 
 def sampler(**params: object) -> RowSampler:
     stop_ids = frozenset({1})
-    return RowSampler(SamplingParams(**params), stop_ids, vocab_size=4, device=torch.device("cpu"))
+    return RowSampler(
+        SamplingParams(**params), stop_ids, num_prompt=0, vocab_size=4, device=torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.engines.local import LocalEngine
 from tokentape.engines.resume import MAX_STALLS, ResumingEngine
+from tokentape.engines.server import make_app, serve
+from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import EngineAborted, EngineFailed
+from tokentape.model import TINY_MODEL
 from tokentape.testing import FakeEngine, Reply
 from tokentape.types import Prompt, RoutedExperts, Sampling, Support, VersionSpan
 
@@ -214,3 +218,31 @@ async def test_leaving_early_leaves_the_engine() -> None:
     async with contextlib.aclosing(engine.generate(request(stream=True))) as parts:
         await anext(parts)
     assert (fake.aborted, engine.num_running) == (["r"], 0)
+
+
+async def test_a_seeded_draw_goes_on_as_if_nothing_had_been() -> None:
+    """The embedded engine draws by the seed and the place, wherever the prompt ends."""
+    local = await asyncio.to_thread(LocalEngine, TINY_MODEL)
+    prompt = local.encode("<|im_start|>user\nTell a story.<|im_end|>\n<|im_start|>assistant\n")
+    asked = GenerateRequest("a", Prompt.of(prompt), Sampling(max_tokens=64, seed=7, temperature=1.5), True)
+    try:
+        async with (
+            serve(make_app(local)) as url,
+            contextlib.aclosing(SGLangEngine(SGLangConfig(url), vocab_size=1024)) as engine,
+        ):
+            _, undisturbed = await run(resuming(engine), asked)
+            resumed: list[None] = []
+            disturbed, got = resuming(engine, resumed), list[TokenChunk]()
+            async with contextlib.aclosing(disturbed.generate(dataclasses.replace(asked, rid="b"))) as parts:
+                async for part in parts:
+                    if isinstance(part, GenerateResult):
+                        result = part
+                        break
+                    got.append(part)
+                    if len(got) in (3, 9):
+                        await disturbed.interrupt()
+    finally:
+        local.close()
+    assert len(undisturbed.completion_ids) > 12
+    assert resumed, "it was never interrupted: this run proves nothing"
+    assert result.completion_ids == undisturbed.completion_ids

@@ -2,9 +2,9 @@
 
 The log-probability is taken after penalties and `logit_bias`, and before top-k, top-p and min-p cut the
 distribution, as SGLang does; greedy rows are not scaled at all. A token is drawn by inverting the cumulative
-distribution at one uniform number per row, a hash of the row's seed and the token's position: nothing of a
-draw depends on which other rows share the batch, and a generation that is retracted and resumed draws as if
-it had not been.
+distribution at one uniform number per row, a hash of the row's seed and the token's place in the sequence:
+nothing of a draw depends on which other rows share the batch, and a generation that is retracted, or aborted
+and resumed behind its tokens, draws as if it had not been.
 """
 
 import hashlib
@@ -20,17 +20,25 @@ from tokentape.engines.server.requests import GREEDY_BELOW, SamplingParams
 class RowSampler:
     """The sampling state of one generation: its parameters, its seed, and what it has sampled so far.
 
-    `stop_ids` are kept from being sampled while fewer than `min_new_tokens` are.
+    `stop_ids` are kept from being sampled while fewer than `min_new_tokens` are. `num_prompt` is the place
+    of the first token to sample.
     """
 
     def __init__(
-        self, params: SamplingParams, stop_ids: frozenset[int], *, vocab_size: int, device: torch.device
+        self,
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        *,
+        num_prompt: int,
+        vocab_size: int,
+        device: torch.device,
     ) -> None:
         self.greedy = params.greedy
         self.temperature = 1.0 if params.temperature < GREEDY_BELOW else params.temperature
         self.truncates = not self.greedy and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
         self.params = params
         self.num_sampled = 0
+        self._num_prompt = num_prompt
         seed = secrets.randbits(63) if params.sampling_seed is None else params.sampling_seed
         self._seed = f"{seed}:".encode()
         known = [token for token in stop_ids if 0 <= token < vocab_size]
@@ -46,7 +54,8 @@ class RowSampler:
 
     def uniform(self) -> float:
         """The next token's number in [0, 1). 52 bits: the product with a total is never rounded up to it."""
-        digest = hashlib.blake2b(self._seed + str(self.num_sampled).encode(), digest_size=8).digest()
+        place = str(self._num_prompt + self.num_sampled).encode()
+        digest = hashlib.blake2b(self._seed + place, digest_size=8).digest()
         return (int.from_bytes(digest) >> 12) * 2.0**-52
 
     @property

@@ -63,7 +63,13 @@ class Stepper:
         room = loaded.context_length - len(generation.prompt_ids)
         return Row(
             generation,
-            RowSampler(params, stop_ids, vocab_size=loaded.vocab_size, device=loaded.device),
+            RowSampler(
+                params,
+                stop_ids,
+                num_prompt=len(generation.prompt_ids),
+                vocab_size=loaded.vocab_size,
+                device=loaded.device,
+            ),
             frozenset[int]() if params.ignore_eos else stop_ids,
             room if params.max_new_tokens is None else min(params.max_new_tokens, room),
             # A stop string of n bytes is spelled by n tokens at most; the margin is for a character cut at
