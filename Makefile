@@ -12,10 +12,13 @@ LETTA ?= 0.16.8
 LETTA_DIR := $(LIVE_DIR)/letta-$(LETTA)
 IN_LETTA := HOME=$(LETTA_DIR)/home LETTA_PG_URI= $(LETTA_DIR)/bin
 
-.PHONY: demo test check live letta bench format clean
+.PHONY: demo train-demo test check live letta bench format clean
 
 demo: $(VENV)/ready
 	$(BIN)/tokentape demo
+
+train-demo: $(VENV)/train
+	$(BIN)/python examples/grpo.py
 
 test: $(VENV)/ready
 	$(BIN)/pytest
@@ -50,6 +53,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade 'pip>=25.1'
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo]' --group dev
+	touch $@
+
+$(VENV)/train: $(VENV)/ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[train]'
 	touch $@
 
 $(LIVE_DIR)/ready: | $(ENGINES)/setup_sglang_cpu.sh
