@@ -1,6 +1,7 @@
 """What a run of grpo.py came to: curves, their picture, and the summary in words."""
 
 import json
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,6 +78,9 @@ def report(runs: Sequence[Curves], out: Path, console: Console) -> bool:
         for each in runs
     ]
     reached = all(each.gain >= GOAL and each.seconds <= LIMIT_S for each in runs)
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu_s = sum(each.ru_utime + each.ru_stime for each in usage)
+    words.append(f"{len(runs)} seeds side by side; {cpu_s:.0f} seconds of CPU time in all processes together")
     goal = f"goal: {100 * GOAL:.0f} points within {LIMIT_S:.0f} s, every seed: "
     words.append(goal + ("reached" if reached else "not reached"))
     (out / "summary.txt").write_text("\n".join(words) + "\n")

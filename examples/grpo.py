@@ -16,6 +16,7 @@ One step of the loop:
 import argparse
 import asyncio
 import contextlib
+import itertools
 import random
 import sys
 import tempfile
@@ -49,7 +50,7 @@ class Config:
     """
 
     seed: int = 0
-    steps: int = 12
+    steps: int = 10
     questions: int = 24
     group: int = 8
     updates: int = 4
@@ -58,7 +59,7 @@ class Config:
     clip_low: float = 0.2
     clip_high: float = 0.28
     held_out: int = 200
-    evaluate_every: int = 4
+    evaluate_every: int = 5
     concurrency: int = 48
 
 
@@ -78,7 +79,7 @@ class Row:
     sample: dict[str, Any] = field(repr=False)
 
 
-Group = list[Row]  # the episodes of one question: they begin with the same prompt
+Group = Sequence[Row]  # the episodes of one question: they begin with the same prompt
 
 
 # --- the mathematics ----------------------------------------------------------------------------------------
@@ -225,25 +226,18 @@ class Loop:
 
     async def rollouts(self) -> list[Group]:
         """A step's episodes, by question; every token of them was sampled by the weights last pushed."""
-        asked = {question.text for question in self.held_out}
-        questions = list[Question]()
-        while len(questions) < self.config.questions:
-            question = make_question(self.rng)
-            if question.text not in asked:
-                questions.append(question)
+        held_out = {question.text for question in self.held_out}
+        drawn = (make_question(self.rng) for _ in itertools.count())
+        unseen = (question for question in drawn if question.text not in held_out)
+        questions = list(itertools.islice(unseen, self.config.questions))
         episodes = [
-            asyncio.gather(
-                *(
-                    self.play(question, f"{self.version}/{i}", self.rng.getrandbits(40))
-                    for _ in range(self.config.group)
-                )
-            )
-            for i, question in enumerate(questions)
+            [self.play(q, f"{self.version}/{i}", self.rng.getrandbits(40)) for _ in range(self.config.group)]
+            for i, q in enumerate(questions)
         ]
-        groups = [list(group) for group in await asyncio.gather(*episodes)]
+        groups = await asyncio.gather(*(asyncio.gather(*group) for group in episodes))
         found = set[str]().union(*(row.versions for group in groups for row in group))
         if found != {self.version}:
-            raise SystemExit(f"pushed {self.version}, but the tapes say {sorted(found)}")
+            raise RuntimeError(f"pushed {self.version}, but the tapes say {sorted(found)}")
         return groups
 
     async def evaluate(self) -> float:
@@ -267,9 +261,8 @@ class Loop:
                 return (logprobs_of(self.model, groups[0]) - self.old_logprobs(groups[:1])[0]).abs()
         batch = list(zip(useful, self.old_logprobs(useful), strict=True))
         self.rng.shuffle(batch)
-        differences = [
-            self.update(part) for k in range(self.config.updates) if (part := batch[k :: self.config.updates])
-        ]
+        parts = [batch[k :: self.config.updates] for k in range(min(self.config.updates, len(batch)))]
+        differences = [self.update(part) for part in parts]
         return differences[0]
 
     def update(self, batch: list[tuple[Group, Tensor]]) -> Tensor:
@@ -290,9 +283,10 @@ class Loop:
         return torch.cat(differences)
 
 
-async def run(
-    config: Config, progress: Progress, make: Callable[[Config, Service, Path], Loop] = Loop
-) -> Curves:
+Make = Callable[[Config, Service, Path], Loop]
+
+
+async def run(config: Config, progress: Progress, make: Make = Loop) -> Curves:
     """One seed from the bundled weights to the last evaluation."""
     started_at, curves = time.monotonic(), Curves(config.seed)
     bar = progress.add_task(f"seed {config.seed}", total=config.steps)
@@ -306,9 +300,8 @@ async def run(
                 if step < config.steps:
                     groups = await loop.rollouts()
                     mismatch = await asyncio.to_thread(loop.learn, groups)
-                    curves.rewards.append(
-                        sum(r.reward for group in groups for r in group) / sum(map(len, groups))
-                    )
+                    rewards = [row.reward for group in groups for row in group]
+                    curves.rewards.append(sum(rewards) / len(rewards))
                     curves.mismatch_max.append(mismatch.max().item())
                     curves.mismatch_mean.append(mismatch.mean().item())
                     rate = f"held out {curves.held_out[-1][1]:.1%}, trained on {curves.rewards[-1]:.1%}"
@@ -317,9 +310,7 @@ async def run(
     return curves
 
 
-async def run_all(
-    configs: Sequence[Config], make: Callable[[Config, Service, Path], Loop] = Loop
-) -> list[Curves]:
+async def run_all(configs: Sequence[Config], make: Make = Loop) -> list[Curves]:
     """Seeds side by side: one trains on the second core while the other's engine samples on the first."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -147,7 +147,7 @@ async def test_two_steps(service: Service, tmp_path: Path) -> None:
             sampled = [range(turn["start"], turn["end"]) for turn in each.sample["turns"]]
             assert [i for i, m in enumerate(each.mask) if m] == [i for span in sampled for i in span]
         assert largest_deviation(loop, groups) < 1e-3
-        groups[0][0] = opposite(groups[0])  # whatever was earned: there is something to learn
+        groups[0] = [opposite(groups[0]), *groups[0][1:]]  # whatever was earned: there is something to learn
         mismatch = loop.learn(groups)
         assert len(mismatch) > 0
         assert mismatch.max() < 1e-3
@@ -163,7 +163,7 @@ async def test_tokens_of_other_weights_are_refused(service: Service, tmp_path: P
     loop = Loop(SMALL, service, tmp_path)
     await loop.push("step-0")
     loop.version = "step-1"
-    with pytest.raises(SystemExit, match=r"pushed step-1, but the tapes say \['step-0'\]"):
+    with pytest.raises(RuntimeError, match=r"pushed step-1, but the tapes say \['step-0'\]"):
         await loop.rollouts()
 
 
@@ -172,16 +172,15 @@ async def test_a_step_on_text(service: Service, tmp_path: Path) -> None:
     loop = TextLoop(SMALL, service, tmp_path)
     await loop.push("step-0")
     groups = await loop.rollouts()
-    for group in groups:
-        group[0] = opposite(group)
+    groups = [[opposite(group), *group[1:]] for group in groups]
     mismatch = loop.learn(groups)
     assert torch.isfinite(mismatch).all()
     found = loop.found
     assert found.episodes == sum(map(len, groups))
     assert found.turns == sum(len(each.sample["turns"]) for group in groups for each in group)
     assert found.trained == sum(sum(each.mask) for group in groups for each in group)
-    # Where nothing has drifted, text is as exact as tokens: what is measured is drift alone.
-    assert sorted(found.per_turn)[: found.turns - found.drifted_turns][-1] < 1e-3 or found.drifted_episodes
+    # Where a turn has not drifted, text is as exact as tokens: what is measured is drift alone.
+    assert sum(each < 1e-3 for each in found.per_turn) >= found.turns - found.drifted_turns > 0
 
 
 def largest_deviation(loop: Loop, groups: list[Group]) -> float:
