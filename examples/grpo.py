@@ -299,7 +299,7 @@ async def run(config: Config, progress: Progress, make: Make = Loop) -> Curves:
                     curves.held_out.append((step, await loop.evaluate()))
                 if step < config.steps:
                     groups = await loop.rollouts()
-                    mismatch = await asyncio.to_thread(loop.learn, groups)
+                    mismatch = loop.learn(groups)
                     rewards = [row.reward for group in groups for row in group]
                     curves.rewards.append(sum(rewards) / len(rewards))
                     curves.mismatch_max.append(mismatch.max().item())
@@ -311,13 +311,13 @@ async def run(config: Config, progress: Progress, make: Make = Loop) -> Curves:
 
 
 async def run_all(configs: Sequence[Config], make: Make = Loop) -> list[Curves]:
-    """Seeds side by side: one trains on the second core while the other's engine samples on the first."""
+    """One run after the other."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)  # a small model's operations are too short to be shared out
     text = TextColumn("{task.description:<52}")
     with Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        return list(await asyncio.gather(*(run(config, progress, make) for config in configs)))
+        return [await run(config, progress, make) for config in configs]
 
 
 def main() -> None:
