@@ -5,17 +5,16 @@ from typing import Any
 
 import pytest
 from episodes import forked, single
+from packages import own
 
 from tokentape.errors import ConfigError
 from tokentape.export import areal
-
-NEEDS = "needs areal: make trainers"
 
 
 @pytest.fixture
 def data() -> Any:
     """AReaL's padding and packing."""
-    return pytest.importorskip("areal.utils.data", reason=NEEDS, exc_type=ImportError)
+    return own("areal.utils.data")
 
 
 def test_rows_to_the_letter() -> None:
@@ -60,7 +59,7 @@ def test_what_areal_has_no_place_for_is_an_error() -> None:
 
 
 def test_areal_finds_it_well_formed() -> None:
-    executor = pytest.importorskip("areal.infra.workflow_executor", reason=NEEDS, exc_type=ImportError)
+    executor = own("areal.infra.workflow_executor")
     warned: list[str] = []
     logger = types.SimpleNamespace(warning=warned.append, info=warned.append)
     made = areal.trajectories([*forked(), *single()])
@@ -75,6 +74,7 @@ def test_areal_pads_packs_and_splits_it_back(data: Any, turn_rewards: dict[str, 
     made = areal.trajectories(samples)
     batch = data.concat_padded_tensors(made)
     assert batch["input_ids"].shape == (3, 15)
+    assert {str(batch[name].dtype) for name in ("input_ids", "loss_mask", "versions")} == {"torch.int32"}
     assert ("turn_rewards" in batch) == bool(turn_rewards)
     assert batch["loss_mask"].sum() == sum(sum(sample["loss_mask"]) for sample in samples)
     for one, back in zip(made, data.split_and_unpad_tensor(batch, 3), strict=True):
@@ -89,15 +89,15 @@ def test_areal_pads_packs_and_splits_it_back(data: Any, turn_rewards: dict[str, 
 
 def test_areal_itself_makes_the_same_of_a_conversation() -> None:
     """Its own record of each turn, joined by its own code, of a session without other branches."""
-    own = pytest.importorskip("areal.experimental.openai.types", reason=NEEDS, exc_type=ImportError)
-    api = pytest.importorskip("areal.api", reason=NEEDS, exc_type=ImportError)
+    types_ = own("areal.experimental.openai.types")
+    api = own("areal.api")
     [_, sample] = forked(turn_rewards={})
     [_, ours] = areal.trajectories(forked(turn_rewards={}))
     versions = ours["versions"][0].tolist()
     before: Any = None
     for turn in sample["turns"]:
         start, end = turn["start"], turn["end"]
-        before = own.InteractionWithTokenLogpReward(
+        before = types_.InteractionWithTokenLogpReward(
             model_response=api.ModelResponse(
                 input_tokens=sample["token_ids"][:start],
                 output_tokens=sample["token_ids"][start:end],
@@ -117,7 +117,7 @@ def test_areal_itself_makes_the_same_of_a_conversation() -> None:
 
 def test_areal_trains_the_sampled_tokens(data: Any) -> None:
     """Its actor's own shift puts every log-probability where the model predicts that token."""
-    actor = pytest.importorskip("areal.trainer.ppo.actor", reason=NEEDS, exc_type=ImportError)
+    actor = own("areal.trainer.ppo.actor")
     samples = [*forked(turn_rewards={}), *single()]
     trained = object.__new__(actor.PPOActor)
     trained.config = types.SimpleNamespace(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from episodes import EXPERTS_PER_TOKEN, NUM_LAYERS, Captured, forked, rows, silent, single
+from packages import own
 from recorded import Recorder, call, result, said, user
 
 from tokentape.errors import ConfigError
@@ -13,11 +14,7 @@ from tokentape.export import nemo_rl
 @pytest.fixture
 def message_utils() -> Any:
     """NeMo-RL's own flattening and padding, where somebody has installed it from source."""
-    return pytest.importorskip(
-        "nemo_rl.data.llm_message_utils",
-        reason="nemo-rl on PyPI is an empty placeholder: install it from source",
-        exc_type=ImportError,
-    )
+    return own("nemo_rl.data.llm_message_utils", "on PyPI it is an empty placeholder, install it from source")
 
 
 def test_a_row_to_the_letter() -> None:
@@ -123,7 +120,7 @@ def test_no_reward_is_an_error() -> None:
 
 def test_tensors_have_one_type_a_name() -> None:
     """NeMo-RL concatenates the messages of a log, empty ones too, and refuses types that differ."""
-    torch = pytest.importorskip("torch", reason="needs torch: make trainers")
+    torch = own("torch")
     recorder = Recorder()
     captured = Captured(recorder, experts=True)
     captured.run([user("u")], said("a"), completion=[], num_rows_before=0)
@@ -133,7 +130,7 @@ def test_tensors_have_one_type_a_name() -> None:
         for sample, row in zip(samples, nemo_rl.datums(samples, experts_per_token=2), strict=True):
             log = row["message_log"]
             for name in log[0].keys() - {"role", "content"}:
-                assert len({m[name].dtype for m in log}) == 1, name
+                assert len({(m[name].dtype, m[name].shape[1:]) for m in log}) == 1, name
                 assert torch.cat([m[name] for m in log]).shape[0] == len(sample["token_ids"]), name
             assert torch.cat([m["token_ids"] for m in log]).tolist() == sample["token_ids"]
 

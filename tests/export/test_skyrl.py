@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from episodes import EXPERTS_PER_TOKEN, NUM_LAYERS, forked, silent, single
+from packages import own
 
 from tokentape.errors import ConfigError
 from tokentape.export import skyrl
@@ -22,19 +23,14 @@ def trainer_module(monkeypatch: pytest.MonkeyPatch) -> Any:
     with the one that pydantic asks for it imports.
     """
     if sys.version_info < (3, 12):
-        typing_extensions = pytest.importorskip("typing_extensions")
-        monkeypatch.setattr(typing, "TypedDict", typing_extensions.TypedDict)
-    return pytest.importorskip(
-        "skyrl.train.trainer", reason="needs skyrl: make trainers", exc_type=ImportError
-    )
+        monkeypatch.setattr(typing, "TypedDict", own("typing_extensions").TypedDict)
+    return own("skyrl.train.trainer")
 
 
 @pytest.fixture
 def preprocess() -> Any:
     """SkyRL's collation."""
-    return pytest.importorskip(
-        "skyrl.train.dataset.preprocess", reason="needs skyrl: make trainers", exc_type=ImportError
-    )
+    return own("skyrl.train.dataset.preprocess")
 
 
 def collated(preprocess: Any, output: Any) -> tuple[Any, ...]:

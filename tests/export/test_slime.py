@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from episodes import EXPERTS_PER_TOKEN, forked, rows, silent, single
+from packages import own
 from recorded import Recorder, said, user
 
 from tokentape.errors import ConfigError
@@ -16,10 +17,7 @@ from tokentape.types import Message, Support
 @pytest.fixture
 def sample_class() -> Any:
     """slime's own class, where somebody has installed it from source."""
-    module = pytest.importorskip(
-        "slime.utils.types", reason="slime is not on PyPI: install it from source", exc_type=ImportError
-    )
-    return module.Sample
+    return own("slime.utils.types", "it is not on PyPI, install it from source").Sample
 
 
 def test_a_row_to_the_letter() -> None:

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 from episodes import EXPERTS_PER_TOKEN, NUM_LAYERS, as_json, forked, silent, single
+from packages import own
 
 from tokentape.errors import ConfigError
 from tokentape.export import verl
+from tokentape.export.row import Row
 
 PAD, PROMPT, RESPONSE = 99, 5, 16
 
@@ -15,16 +17,13 @@ PAD, PROMPT, RESPONSE = 99, 5, 16
 @pytest.fixture
 def agent_loop() -> Any:
     """verl's own module."""
-    return pytest.importorskip(
-        "verl.experimental.agent_loop.agent_loop", reason="needs verl: make trainers", exc_type=ImportError
-    )
+    return own("verl.experimental.agent_loop.agent_loop")
 
 
 @pytest.fixture
 def worker(agent_loop: Any) -> Any:
     """verl's worker without its engine: what its postprocessing reads, and a tokenizer that pads."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
+    tokenizers, transformers = own("tokenizers"), own("transformers")
     empty = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"<{i}>": i for i in range(PAD + 1)}))
     made = object.__new__(agent_loop.AgentLoopWorker)
     made.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=empty, pad_token=f"<{PAD}>")
@@ -62,10 +61,15 @@ def test_a_row_to_the_letter() -> None:
     assert (second["extra_fields"]["min_global_steps"], second["extra_fields"]["max_global_steps"]) == (3, 5)
 
 
+def named() -> Row:
+    """A sample of weights whose names are not all numbers."""
+    spans = [{"version": "3", "start": 3, "end": 4}, {"version": "step-4", "start": 4, "end": 7}]
+    return {**single()[0], "weight_versions": spans}
+
+
 def test_versions_that_are_no_integers_are_not_made_into_steps() -> None:
-    [sample] = single()
-    [row] = verl.rows([{**sample, "weight_versions": [{"version": "step-4", "start": 3, "end": 7}]}])
-    assert row["extra_fields"]["weight_versions"] == ["step-4"]
+    [row] = verl.rows([named()])
+    assert row["extra_fields"]["weight_versions"] == ["3", "step-4"]
     assert "min_global_steps" not in row["extra_fields"]
 
 
@@ -110,6 +114,7 @@ def test_verl_takes_the_rows(agent_loop: Any) -> None:
 def test_verl_aligns_the_experts_as_we_say(agent_loop: Any) -> None:
     [sample] = single(experts=True)
     [made] = verl.outputs([sample], experts_per_token=EXPERTS_PER_TOKEN)
+    assert made.routed_experts.dtype == "int16"
     routed = made.as_dict()["routed_experts"]
     assert routed.shape == (7, NUM_LAYERS, EXPERTS_PER_TOKEN)
     assert routed[:6].flatten().tolist() == [*sample["routed_experts"]["data"]]
@@ -138,6 +143,17 @@ async def test_the_batch_is_what_verl_itself_pads(worker: Any, experts: bool) ->
         if name not in ("raw_prompt", "multi_modal_inputs"):  # what only a run has, and what has no images
             assert list(ours.non_tensor_batch[name]) == list(values), name
     assert list(ours.non_tensor_batch["uid"]) == ["g", "g", "g"]
+
+
+async def test_every_batch_has_the_fields_that_verl_concatenates(worker: Any) -> None:
+    given = [named(), *single()]
+    padded = [
+        await worker._agent_loop_postprocess(output, False, raw_prompt=None) for output in verl.outputs(given)
+    ]
+    theirs = worker._postprocess(padded).non_tensor_batch
+    ours = verl.batch(given, pad_token_id=PAD, prompt_length=PROMPT, response_length=RESPONSE)
+    for name in ("min_global_steps", "max_global_steps", "extras"):
+        assert list(ours.non_tensor_batch[name]) == list(theirs[name])
 
 
 async def test_a_batch_without_all_rewards_has_no_scores(worker: Any) -> None:
