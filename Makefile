@@ -12,7 +12,10 @@ LETTA ?= 0.16.8
 LETTA_DIR := $(LIVE_DIR)/letta-$(LETTA)
 IN_LETTA := HOME=$(LETTA_DIR)/home LETTA_PG_URI= $(LETTA_DIR)/bin
 
-.PHONY: demo train-demo test check live letta bench format clean
+# The trainers' own packages, for tests of what is exported to them; torch is the small CPU build.
+TRAINERS_DIR := $(LIVE_DIR)/trainers
+
+.PHONY: demo train-demo test check live letta trainers bench format clean
 
 demo: $(VENV)/ready
 	$(BIN)/tokentape demo
@@ -37,6 +40,10 @@ letta: $(LETTA_DIR)/ready
 	$(LETTA_DIR)/bin/pip install -q --no-deps -e .
 	$(IN_LETTA)/pytest -p no:cacheprovider tests/adapters
 	$(IN_LETTA)/python tests/adapters/letta_demo.py
+
+trainers: $(TRAINERS_DIR)/ready
+	$(TRAINERS_DIR)/bin/pip install -q --no-deps -e .
+	$(TRAINERS_DIR)/bin/pytest -p no:cacheprovider tests/export
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/parse.py
@@ -73,4 +80,12 @@ $(LETTA_DIR)/ready: pyproject.toml
 	grep '^torch==' constraints.txt > $(LETTA_DIR)/constraints.txt
 	$(LETTA_DIR)/bin/pip install -q -c $(LETTA_DIR)/constraints.txt 'letta==$(LETTA)' transformers asyncpg pgvector \
 		aiosqlite sqlite-vec -e . pytest pytest-asyncio
+	touch $@
+
+$(TRAINERS_DIR)/ready: pyproject.toml constraints.txt tests/export/requirements.txt tests/export/requirements-no-deps.txt
+	$(PYTHON) -m venv $(TRAINERS_DIR)
+	$(TRAINERS_DIR)/bin/pip install -q --upgrade 'pip>=25.1'
+	grep '^torch==' constraints.txt > $(TRAINERS_DIR)/constraints.txt
+	$(TRAINERS_DIR)/bin/pip install -q -c $(TRAINERS_DIR)/constraints.txt -e . -r tests/export/requirements.txt
+	$(TRAINERS_DIR)/bin/pip install -q --no-deps -r tests/export/requirements-no-deps.txt
 	touch $@

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import warnings
 from typing import Any
 
 import pytest
@@ -12,4 +13,6 @@ def own(module: str, reason: str = "make trainers") -> Any:
     package = module.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}: {reason}")
-    return importlib.import_module(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a trainer's import warns of is not ours
+        return importlib.import_module(module)
