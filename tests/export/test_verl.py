@@ -23,9 +23,13 @@ def agent_loop() -> Any:
 @pytest.fixture
 def worker(agent_loop: Any) -> Any:
     """verl's worker without its engine: what its postprocessing reads, and a tokenizer that pads."""
+    return without_engine(agent_loop.AgentLoopWorker)
+
+
+def without_engine(class_: Any) -> Any:
     tokenizers, transformers = own("tokenizers"), own("transformers")
     empty = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"<{i}>": i for i in range(PAD + 1)}))
-    made = object.__new__(agent_loop.AgentLoopWorker)
+    made = object.__new__(class_)
     made.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=empty, pad_token=f"<{PAD}>")
     made.rollout_config = types.SimpleNamespace(prompt_length=PROMPT, response_length=RESPONSE)
     made.processor = None
@@ -48,6 +52,7 @@ def test_a_row_to_the_letter() -> None:
         "extra_fields": {
             "turn_scores": [None],
             "tool_rewards": [],
+            "reward_extra_info": {},
             "weight_versions": ["4"],
             "session_id": "s1",
             "sample_id": "t3",
@@ -164,6 +169,32 @@ async def test_a_batch_without_all_rewards_has_no_scores(worker: Any) -> None:
     ours = verl.batch(given, pad_token_id=PAD, prompt_length=PROMPT, response_length=RESPONSE)
     assert "rm_scores" not in worker._postprocess(padded).batch.keys()  # noqa: SIM118
     assert "rm_scores" not in ours.batch.keys()  # noqa: SIM118
+
+
+async def test_verls_queue_takes_the_branches_of_a_session(
+    agent_loop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its newer trainer stores: one entry a branch, the mask as loss mask, the versions as tags."""
+    module = own("verl.trainer.ppo.v1.agent_loop_tq")
+    stored: dict[str, Any] = {}
+
+    async def put(**given: Any) -> None:
+        stored.update(given)
+
+    monkeypatch.setattr(module.tq, "async_kv_batch_put", put)
+    given, made = forked(), verl.outputs(forked())
+    run = {"uid": "u", "session_id": 0, "global_steps": 6, "raw_prompt": []}
+    actor = module.AgentLoopWorkerTQ.__ray_metadata__.modified_class  # the class inside Ray's
+    await without_engine(actor)._agent_loop_postprocess(made, False, **run)
+    assert stored["keys"] == ["u_0_0", "u_0_1"]
+    assert [(tag["min_global_steps"], tag["max_global_steps"]) for tag in stored["tags"]] == [(4, 4), (3, 5)]
+    names = ("input_ids", "loss_mask", "rollout_log_probs", "rm_scores")
+    columns = (stored["fields"][name] for name in names)
+    for sample, ids, mask, logprobs, scores in zip(given, *columns, strict=True):
+        assert ids.tolist() == sample["token_ids"]
+        assert mask.tolist() == sample["loss_mask"][3:]
+        assert logprobs.tolist() == [p or 0.0 for p in sample["logprobs"][3:]]
+        assert scores.sum() == sample["reward"]
 
 
 def test_nothing_is_cut_off_or_mixed(agent_loop: Any) -> None:

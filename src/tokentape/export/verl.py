@@ -16,7 +16,8 @@ Read in verl 0.9.1, `verl/experimental/agent_loop/agent_loop.py`.
 - `routed_experts`: our N-1 rows of N tokens as [N-1][layers][experts a token], from the first prompt token
   on; verl fills the last token's row with zeros and does not replay it.
 - Padding (`batch`): prompts left, responses right, with the pad id; masks and log-probabilities 0.
-- A session of several branches is several outputs. verl's queue-based loop takes such a list from one run.
+- A session of several branches is several outputs. verl's queue-based loop (`trainer/ppo/v1`) takes such a
+  list from one run, gives all of them the last one's reward, and cannot store an empty response with one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -133,6 +134,7 @@ def _extra(sample: Row) -> Json:
     extra: Json = {
         "turn_scores": [turn["reward"] for turn in sample["turns"] if turn["trained"]],
         "tool_rewards": [],
+        "reward_extra_info": {},
         "weight_versions": versions,
         "session_id": sample["session_id"],
         "sample_id": sample["sample_id"],
