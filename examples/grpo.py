@@ -54,7 +54,7 @@ class Config:
     questions: int = 24
     group: int = 8
     updates: int = 4
-    learning_rate: float = 3e-4
+    learning_rate: float = 2.5e-4
     warm_up: int = 8
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -190,8 +190,11 @@ class Loop:
     def __init__(self, config: Config, service: Service, directory: Path) -> None:
         self.config, self.service, self.directory = config, service, directory
         self.model: Any = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), config.learning_rate, betas=(0.9, 0.95))
-        self.warm_up = torch.optim.lr_scheduler.LinearLR(self.optimizer, 0.1, total_iters=config.warm_up)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), config.learning_rate, betas=(0.9, 0.99))
+        num_updates = config.steps * config.updates
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda n: min((n + 1) / config.warm_up, 1 - n / num_updates)
+        )
         self.held_out = [make_question(random.Random(f"held out {i}")) for i in range(config.held_out)]
         self.rng = random.Random(config.seed)
         self.slots = asyncio.Semaphore(config.concurrency)
@@ -279,7 +282,7 @@ class Loop:
             differences.append((new.detach() - old).abs())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.warm_up.step()
+        self.schedule.step()
         return torch.cat(differences)
 
 
