@@ -34,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "constrain": {*CORE, "formats", "parse"},
     "store": {*CORE, "tape", "schema"},
     "export": {*CORE, "export", "tape", "tree", "schema", "store"},
+    "verify": {*CORE, "engines.sglang_score", "export", "invariants", "tape", "tokenizer", "verify"},
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
@@ -43,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
         *CORE, "audit", "cli", "demo", "engines", "export", "formatfile", "formats", "gateway", "model", "store",
-        "volatile", "",
+        "tokenizer", "verify", "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {*CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "tape"},
@@ -62,7 +63,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "sqlite3": ("store",),
     "jinja2": ("template",),
     "pyarrow": ("schema", "export", "cli", "demo"),
-    "rich": ("audit.show", "cli", "demo"),
+    "rich": ("audit.show", "verify.show", "cli", "demo"),
     "click": ("cli",),
 }
 PURE = ("types", "errors", "outline", "tape", "labels", "volatile", "tree", "parse", "invariants")

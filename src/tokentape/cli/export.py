@@ -1,5 +1,6 @@
 """`tokentape export`."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import click
 import uvloop
 
 from tokentape.errors import ConfigError
-from tokentape.export import stored_samples, write_parquet
+from tokentape.export import (
+    TRAINERS,
+    FileSamples,
+    read_rows,
+    stored_samples,
+    to_json_lines,
+    write_parquet,
+    write_rows,
+)
 from tokentape.store import SQLiteStore
 
 

@@ -9,7 +9,8 @@ What is sent and what an answer means is `engines/sglang_protocol.py`'s, which d
 import asyncio
 import io
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from tokentape.engines import sglang_info
 from tokentape.engines import sglang_protocol as protocol
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
 from tokentape.engines.sglang_errors import error_message, lost, refusal
+from tokentape.engines.sglang_score import Scores, decode_scores, encode_score
 from tokentape.engines.sse import SSEDecoder
 
 _logger = logging.getLogger(__name__)
@@ -145,6 +147,31 @@ class SGLangEngine:
                 self._abort_soon(rid)
         yield completion.result()  # out here, so that a consumer who is busy with it holds no connection
 
+    async def score(self, ids: Sequence[int], start: int, temperature: float = 1.0) -> Scores:
+        """The log-probability of each of `ids[start:]` behind all that precede it, by one prefill.
+
+        SGLang knows no temperature here: look at the one that the answer has.
+
+        Raises:
+            ContextOverflow: the engine takes only sequences that leave room for one more token.
+            EngineError: every other failure.
+            InternalError: there is nothing to score, or an id is outside the vocabulary; nothing was sent.
+        """
+        rid = protocol.wire_rid(uuid.uuid4().hex)
+        body = encode_score(ids, start, rid, self.vocab_size, temperature)
+        patience = _Patience(self.config, stream=False)
+        await patience.wait(self._slots.acquire(), 0)
+        try:
+            async with await patience.wait(self._post("/generate", body), 0) as response:
+                payload = await patience.wait(response.read(), 0)
+        except (aiohttp.ClientError, OSError) as error:
+            raise errors.EngineUnavailable(f"connection to {self._url} lost: {_name(error)}") from error
+        finally:
+            self._slots.release()
+        if response.status != 200:
+            raise refusal(response.status, error_message(payload))
+        return decode_scores(payload, ids, start)
+
     async def interrupt(self) -> None:
         """End all generations under way: each yields the tokens it has, and a result that says "abort"."""
         await asyncio.gather(*(self._abort(rid) for rid in tuple(self._running)))
@@ -176,6 +203,17 @@ class SGLangEngine:
             weight_version=model.weight_version,
             sampling=model.sampling(),
         )
+
+    async def dtype(self) -> str | None:
+        """The type that the engine computes in, as "float32"; None where it does not say.
+
+        Raises:
+            EngineError: as `info`.
+        """
+        server = await self._get("/server_info", sglang_info.ServerInfo)
+        if server is None:  # the older name
+            server = await self._get("/get_server_info", sglang_info.ServerInfo)
+        return server.dtype if server is not None and server.dtype not in (None, "auto") else None
 
     async def aclose(self) -> None:
         """Abort the generations under way, wait for aborts already sent, close the connections."""

@@ -48,6 +48,10 @@ class Models(msgspec.Struct):
 
 
 class ServerInfo(msgspec.Struct):
-    """The answer of `/get_server_info`; the length is null unless set on the command line."""
+    """The answer of `/get_server_info`; the length is null unless set on the command line.
+
+    `dtype` is the embedded engine's own word, or what SGLang was told ("auto").
+    """
 
     context_length: int | None = None
+    dtype: str | None = None

@@ -1,6 +1,7 @@
 """SGLang's native protocol, sans-IO: bodies out, answers in. The only file that names its fields.
 
-What its refusals mean is `engines/sglang_errors.py`'s, what it says of itself `engines/sglang_info.py`'s.
+What its refusals mean is `engines/sglang_errors.py`'s, what it says of itself `engines/sglang_info.py`'s, how
+it scores what is known already `engines/sglang_score.py`'s.
 
 Facts were observed on SGLang 0.5.23 unless marked (source), which were read in that release's code.
 """

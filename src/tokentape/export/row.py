@@ -1,10 +1,12 @@
 """A sample as exporters read it: the columns of a row, and the few ways in which trainers cut it up."""
 
 import base64
+import contextlib
 import math
 import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -161,18 +163,35 @@ def metadata_of(row: Row) -> Json:
     return cast("Json", msgspec.json.decode(row["metadata"]))
 
 
+def sessions_in(path: str | Path) -> Counter[str]:
+    """How many samples each session has in a Parquet file.
+
+    Raises:
+        ConfigError: as `read_rows`.
+    """
+    with _opened(path) as file:
+        names = file.read(columns=["session_id"]).column("session_id").to_pylist()
+    return Counter(map(str, names))
+
+
 def read_rows(path: str | Path) -> Iterator[Row]:
     """The samples of a Parquet file, one row group in memory at a time.
 
     Raises:
-        ConfigError: it is no Parquet file, or not one of samples.
+        ConfigError: it is no Parquet file, is damaged, or is not one of samples.
     """
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are both
-        raise ConfigError(f"{path} is not a Parquet file of samples: {error}") from error
-    with file:
-        if "token_ids" not in file.schema_arrow.names:
-            raise ConfigError(f"{path} is not a Parquet file of samples: it has no column token_ids")
+    with _opened(path) as file:
         for index in range(file.num_row_groups):
             yield from file.read_row_group(index).to_pylist()
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Generator[Any]:
+    try:
+        with pq.ParquetFile(path) as file:
+            for name in ("session_id", "token_ids"):
+                if name not in file.schema_arrow.names:
+                    raise ConfigError(f"{path} is not a Parquet file of samples: it has no column {name}")
+            yield file
+    except (OSError, ValueError) as error:  # pyarrow's own errors are both
+        raise ConfigError(f"{path} is not a Parquet file of samples: {error}") from error

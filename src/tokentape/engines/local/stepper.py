@@ -231,8 +231,9 @@ def _scores(generation: Generation) -> bool:
 
 
 def _score(generation: Generation, logits: Tensor, targets: list[int]) -> None:
-    """Log-probabilities of the prompt's own tokens, unscaled (temperature 1) as SGLang answers them."""
-    distribution = logits[: len(targets)].float().log_softmax(-1)
+    """Log-probabilities of the prompt's own tokens; of temperature 1, as SGLang's, unless asked otherwise."""
+    temperature = generation.body.input_logprob_temperature or 1.0
+    distribution = (logits[: len(targets)].float() / temperature).log_softmax(-1)
     chosen = distribution.gather(1, torch.tensor(targets, dtype=torch.long, device=logits.device)[:, None])
     generation.input_logprobs.extend(floats(chosen[:, 0]))
     if num := generation.body.top_logprobs_num:

@@ -81,6 +81,8 @@ class Answer:
         }
         if generation.body.return_logprob:
             meta |= self._logprobs(start, num)
+        if generation.body.input_logprob_temperature is not None:
+            meta["input_logprob_temperature"] = generation.body.input_logprob_temperature
         if generation.body.return_sampling_mask:
             meta["output_token_sampling_mask"] = generation.kept[start:num]
             meta["output_token_sampling_logprobs"] = generation.kept_logprobs[start:num]

@@ -175,7 +175,10 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 
 class GenerateBody(msgspec.Struct, frozen=True):
-    """The fields of `POST /generate` that this engine acts upon, beside the prompt and `sampling_params`."""
+    """The fields of `POST /generate` that this engine acts upon, beside the prompt and `sampling_params`.
+
+    `input_logprob_temperature` is this engine's own: SGLang's prompt log-probabilities have temperature 1.
+    """
 
     rid: str = ""
     stream: bool = False
@@ -185,6 +188,7 @@ class GenerateBody(msgspec.Struct, frozen=True):
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
     return_sampling_mask: bool = False
+    input_logprob_temperature: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 @dataclass(slots=True)

@@ -1,0 +1,132 @@
+"""`tokentape verify`."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import msgspec
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tokentape.engines.sglang import SGLangConfig, SGLangEngine
+from tokentape.errors import ConfigError
+from tokentape.export.row import sessions_in
+from tokentape.model import model_directory, model_sizes
+from tokentape.tokenizer import Tokenizer
+from tokentape.verify import Report
+from tokentape.verify import verify as verify_file
+from tokentape.verify.show import draw_histogram, tables
+
+_FLOAT32 = (1e-3, 0.0)
+_OTHERS = (
+    0.3,
+    0.01,
+)  # half precision: a decode and a prefill of the same ids differ by 0.02 to 0.05 in the mean
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--engine", "url", required=True, metavar="URL", help="URL of an engine with the weights.")
+@click.option("--model", help="Model directory or hub id; default: what the engine says, if it is here.")
+@click.option(
+    "--version",
+    "versions",
+    multiple=True,
+    metavar="V",
+    help="Judge tokens of these weights; default: those that the engine has now. May be repeated.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Nats that a token may be off; ten times that, none may. Default: 0.001 in float32, else 0.3.",
+)
+@click.option(
+    "--max-share",
+    type=click.FloatRange(0, 1),
+    help="Share of tokens that may be beyond the tolerance. Default: 0 in float32, else 0.01.",
+)
+@click.option(
+    "--concurrency", type=click.IntRange(min=1), default=8, show_default=True, help="Samples at a time."
+)
+@click.option(
+    "--histogram",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PNG",
+    help="Draw the differences; needs matplotlib.",
+)
+@click.option("--engine-api-key", envvar="TOKENTAPE_ENGINE_API_KEY", help="The key that the engine asks for.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object instead of tables; see docs/verify.md."
+)
+def verify(
+    file: Path,
+    url: str,
+    model: str | None,
+    versions: Sequence[str],
+    tolerance: float | None,
+    max_share: float | None,
+    concurrency: int,
+    histogram: Path | None,
+    engine_api_key: str | None,
+    as_json: bool,
+) -> None:
+    """Prove a Parquet file of samples right: rules, and every trained token's log-probability.
+
+    An engine with the weights that sampled recomputes them by prefill. Exit code 0: all is well. 1: it is
+    not; the first sample and token that are wrong are named. 2: file, engine or an option cannot be used.
+    """
+
+    async def run() -> Report:
+        total = sum(sessions_in(file).values())
+        async with contextlib.AsyncExitStack() as stack:
+            # The vocabulary is known only with the model: until then nothing is scored.
+            asking = await stack.enter_async_context(
+                contextlib.aclosing(SGLangEngine(SGLangConfig(url, api_key=engine_api_key), vocab_size=1))
+            )
+            info, dtype = await asking.info(), await asking.dtype()
+            directory = model_directory(_model(model, info.model))
+            sizes = model_sizes(directory)
+            tokenizer = Tokenizer(directory / "tokenizer.json", num_ids=sizes.vocab_size)
+            vocab_size = sizes.vocab_size or tokenizer.vocab_size
+            engine = await stack.enter_async_context(
+                contextlib.aclosing(
+                    SGLangEngine(SGLangConfig(url, api_key=engine_api_key), vocab_size=vocab_size)
+                )
+            )
+            usual = _FLOAT32 if dtype == "float32" else _OTHERS
+            columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+            task = progress.add_task("", total=total)
+            return await verify_file(
+                file,
+                engine,
+                engine_version=info.weight_version,
+                vocab_size=vocab_size,
+                tolerance=usual[0] if tolerance is None else tolerance,
+                max_share=usual[1] if max_share is None else max_share,
+                judged=versions,
+                tokenizer=tokenizer,
+                concurrency=concurrency,
+                on_sample=lambda: progress.advance(task),
+            )
+
+    report = uvloop.run(run())
+    if as_json:
+        click.echo(msgspec.json.encode({**msgspec.to_builtins(report), "problems": report.problems}).decode())
+    else:
+        Console().print(tables(report), highlight=False)
+    if histogram is not None:
+        draw_histogram(report, histogram)
+    if report.problems:
+        sys.exit(1)
+
+
+def _model(asked: str | None, served: str | None) -> str:
+    if asked is not None:
+        return asked
+    if served is not None and Path(served).is_dir():
+        return served
+    raise ConfigError(f"--model is needed: the engine serves {served!r}, which is no directory here")
