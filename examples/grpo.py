@@ -50,7 +50,7 @@ class Config:
     """
 
     seed: int = 0
-    steps: int = 10
+    steps: int = 12
     questions: int = 24
     group: int = 8
     updates: int = 4
@@ -59,7 +59,7 @@ class Config:
     clip_low: float = 0.2
     clip_high: float = 0.28
     held_out: int = 200
-    evaluate_every: int = 5
+    evaluate_every: int = 4
     concurrency: int = 48
 
 
