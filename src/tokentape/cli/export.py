@@ -1,23 +1,17 @@
 """`tokentape export`."""
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
+import msgspec
 import uvloop
 
 from tokentape.errors import ConfigError
-from tokentape.export import (
-    TRAINERS,
-    FileSamples,
-    read_rows,
-    stored_samples,
-    to_json_lines,
-    write_parquet,
-    write_rows,
-)
+from tokentape.export import TRAINERS, FileSamples, Trainer, stored_samples, write_parquet, write_rows
 from tokentape.store import SQLiteStore
+from tokentape.types import Json
 
 
 @click.command()
@@ -28,7 +22,22 @@ from tokentape.store import SQLiteStore
     help="A gateway's store.",
 )
 @click.option(
-    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The Parquet file to write."
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file to write: Parquet, or JSON lines where it ends in .jsonl.",
+)
+@click.option(
+    "--format",
+    "trainer_name",
+    metavar="NAME",
+    help=f"A trainer's rows in place of tokentape's own samples: {', '.join(TRAINERS)}.",
+)
+@click.option(
+    "--experts-per-token",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --format, where experts were captured: how many a token is sent to in each layer.",
 )
 @click.option(
     "--session", "session_ids", multiple=True, metavar="ID", help="Only this session; may be repeated."
@@ -41,14 +50,25 @@ from tokentape.store import SQLiteStore
 )
 @click.option("--at-version", metavar="VERSION", help="Count --max-staleness from this version instead.")
 def export(
-    store: Path, out: Path, session_ids: Sequence[str], max_staleness: int | None, at_version: str | None
+    store: Path,
+    out: Path,
+    trainer_name: str | None,
+    experts_per_token: int | None,
+    session_ids: Sequence[str],
+    max_staleness: int | None,
+    at_version: str | None,
 ) -> None:
-    """Write the tapes of a store to a Parquet file, one row a branch.
+    """Write the tapes of a store to a file, one row a branch.
 
     Sessions that are still open are exported as they are.
+
+    With --format all samples make one batch: groups are compared and counted over the whole file. They go to
+    a file beside --out first, which is removed; one session at a time is in memory. In Parquet, columns with
+    objects are JSON text; `tokentape.export.read_exported` reads both kinds of file.
     """
     if at_version is not None and max_staleness is None:
         raise ConfigError("--at-version needs --max-staleness")
+    trainer, options = _trainer(trainer_name, experts_per_token)
     stale: list[str] = []
 
     async def run() -> int:
@@ -61,10 +81,43 @@ def export(
                 at_version=at_version,
                 on_stale=stale.append,
             )
-            return await write_parquet(out, batches)
+            if trainer is None and out.suffix != ".jsonl":
+                return await write_parquet(out, batches)
+            return await _write_rows(out, batches, trainer, options)
         finally:
             await source.aclose()
 
     num_rows = uvloop.run(run())
     left_out = f", {len(stale)} sessions left out: too stale" if stale else ""
     click.echo(f"{num_rows} samples in {out}{left_out}")
+
+
+def _trainer(name: str | None, experts_per_token: int | None) -> tuple[Trainer | None, dict[str, Any]]:
+    if name is not None and name not in TRAINERS:
+        raise ConfigError(f"--format {name}: no such trainer; there are {', '.join(TRAINERS)}")
+    trainer = None if name is None else TRAINERS[name]
+    if experts_per_token is None:
+        return trainer, {}
+    if trainer is None or not trainer.takes_experts:
+        takers = ", ".join(t.name for t in TRAINERS.values() if t.takes_experts)
+        raise ConfigError(f"--experts-per-token needs a --format that takes routed experts: {takers}")
+    return trainer, {"experts_per_token": experts_per_token}
+
+
+async def _write_rows(
+    out: Path, batches: AsyncIterator[Any], trainer: Trainer | None, options: dict[str, Any]
+) -> int:
+    """Through a Parquet file of samples, which can be read as often as a trainer's rows look at them."""
+    kept = out.with_name(f".{out.name}.samples")
+    try:
+        await write_parquet(kept, batches)
+        samples = FileSamples(kept)
+
+        def make() -> Iterator[Json]:
+            if trainer is None:
+                return map(msgspec.to_builtins, samples)  # as the control API answers: bytes are base64
+            return trainer.rows(samples, **options)
+
+        return write_rows(out, make)
+    finally:
+        kept.unlink(missing_ok=True)

@@ -1,10 +1,9 @@
 """The table of trainers: what `tokentape export --format NAME` can write. Each has a file of its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tokentape.export import areal, nemo_rl, skyrl, slime, verl
-from tokentape.export.row import Row
 from tokentape.types import Json
 
 
@@ -12,17 +11,20 @@ from tokentape.types import Json
 class Trainer:
     """One trainer's rows.
 
-    `rows` turns samples into plain values (numbers, texts, lists, dicts) under the names that the trainer's
-    own classes have. `convention` says in one line where masks, log-probabilities and rewards stand.
+    `rows(samples)` turns samples, a sequence of rows, into plain values (numbers, texts, lists, dicts) under
+    the names that the trainer's own classes have; it may go over them several times, in order, and keeps
+    none. Where `takes_experts` it has a keyword `experts_per_token`. `convention` says in one line where
+    masks, log-probabilities and rewards stand.
     """
 
     name: str
-    rows: Callable[[Sequence[Row]], Iterator[Json]]
+    rows: Callable[..., Iterator[Json]]
     convention: str
+    takes_experts: bool = True
 
 
 _ALL: tuple[Trainer, ...] = (
-    Trainer("areal", areal.rows, areal.CONVENTION),
+    Trainer("areal", areal.rows, areal.CONVENTION, takes_experts=False),
     Trainer("nemo-rl", nemo_rl.rows, nemo_rl.CONVENTION),
     Trainer("skyrl", skyrl.rows, skyrl.CONVENTION),
     Trainer("slime", slime.rows, slime.CONVENTION),
