@@ -246,3 +246,32 @@ async def test_a_seeded_draw_goes_on_as_if_nothing_had_been() -> None:
     assert len(undisturbed.completion_ids) > 12
     assert resumed, "it was never interrupted: this run proves nothing"
     assert result.completion_ids == undisturbed.completion_ids
+
+
+async def test_a_pause_does_not_wait_for_an_engine_that_is_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the request and answers no abort; the gateway asks again when all goes on."""
+    monkeypatch.setattr("tokentape.engines.resume._GRACE_S", 0.05)
+
+    class Paused(Aborting):
+        left: list[str]
+
+        async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
+            if len(self.requests) == 0:
+                self.requests.append(request)
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    self.left = [request.rid]
+            async for part in super().generate(request):
+                yield part
+
+    paused = Paused(([11, STOP], "stop", "2"), matched=STOP)
+    engine = resuming(paused)
+    running = asyncio.create_task(run(engine, request()))
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(5):
+        await engine.pause()
+    assert (engine.num_running, running.done(), paused.left) == (0, False, ["r"])
+    engine.resume()
+    assert (await running)[1].completion_ids == [11, STOP]
+    assert paused.requests[1].rid != paused.requests[0].rid

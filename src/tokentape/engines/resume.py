@@ -23,6 +23,8 @@ MAX_STALLS = 8
 """Aborts in a row without a token between them, after which a generation is given up."""
 UNNAMED = "default"
 """The name of weights that nobody has named: SGLang's own, and the embedded engine's."""
+_GRACE_S = 2.0
+"""How long a pause waits for an interrupted engine before it leaves generations without a token."""
 _STALL_S = 0.05  # the first wait of a generation that is aborted again and again; doubled each time
 
 
@@ -43,6 +45,7 @@ class ResumingEngine:
         self._open.set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._leave = asyncio.Event()
         self.num_running = 0
         self.version: str | None = None
 
@@ -52,9 +55,16 @@ class ResumingEngine:
         return not self._open.is_set()
 
     async def pause(self) -> None:
-        """Hold every generation; return when the engine runs none. Those it ran go on after `resume`."""
+        """Hold every generation; return when the engine runs none. Those it ran go on after `resume`.
+
+        An engine that is paused itself does not answer an abort: what has no token yet is left, and asked for
+        again.
+        """
         self._open.clear()
+        until = asyncio.get_running_loop().time() + _GRACE_S
         while self.num_running and self.paused:
+            if asyncio.get_running_loop().time() >= until:
+                self._leave.set()
             await self._engine.interrupt()
             # Again and again: an abort misses what was still on its way to the engine.
             with contextlib.suppress(TimeoutError):
@@ -62,6 +72,7 @@ class ResumingEngine:
 
     def resume(self) -> None:
         """Let all generations go on."""
+        self._leave.clear()
         self._open.set()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
@@ -110,7 +121,10 @@ class ResumingEngine:
         self._idle.clear()
         try:
             async with contextlib.aclosing(self._engine.generate(request)) as parts:
-                async for part in parts:
+                if (first := await self._first(parts)) is None:
+                    yield _NOTHING
+                    return
+                async for part in _chain(first, parts):
                     if isinstance(part, GenerateResult) and version is not None:
                         yield dataclasses.replace(part, versions=_named(part.versions, version))
                     else:
@@ -119,6 +133,21 @@ class ResumingEngine:
             self.num_running -= 1
             if not self.num_running:
                 self._idle.set()
+
+    async def _first(
+        self, parts: AsyncGenerator[TokenChunk | GenerateResult]
+    ) -> TokenChunk | GenerateResult | None:
+        """The first part, None where a pause leaves the generation before it comes."""
+        first = asyncio.ensure_future(anext(parts))
+        leave = asyncio.ensure_future(self._leave.wait())
+        try:
+            await asyncio.wait({first, leave}, return_when=asyncio.FIRST_COMPLETED)
+            return await first if first.done() else None
+        finally:
+            leave.cancel()
+            if not first.done():
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
 
     async def interrupt(self) -> None:
         """End what the engine runs; it is resumed at once, unless this is paused."""
@@ -138,6 +167,17 @@ class ResumingEngine:
     async def aclose(self) -> None:
         """Close the engine."""
         await self._engine.aclose()
+
+
+_NOTHING = GenerateResult([], [], "abort", None, (), None)
+
+
+async def _chain(
+    first: TokenChunk | GenerateResult, rest: AsyncGenerator[TokenChunk | GenerateResult]
+) -> AsyncGenerator[TokenChunk | GenerateResult]:
+    yield first
+    async for part in rest:
+        yield part
 
 
 class _Done:
