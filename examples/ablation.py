@@ -202,6 +202,7 @@ def table(
             "0" if worst <= 1e-3 else "some",
             f"{mean([d > 1e-3 for d in every.aligned]):.2%}",
         ),
+        ("turns whose sum is off by more than 1e-3", "-", f"{mean([d > 1e-3 for d in every.per_turn]):.1%}"),
         ("|difference| of a turn's sum, mean", "-", f"{mean(every.per_turn):.1e}"),
         ("the same, largest", "-", f"{max(every.per_turn):.1e}"),
     ]

@@ -31,7 +31,7 @@ class Curves:
     @property
     def gain(self) -> float:
         """The held-out rate at the end, less that at the start."""
-        return self.held_out[-1][1] - self.held_out[0][1]
+        return round(self.held_out[-1][1] - self.held_out[0][1], 6)
 
 
 def plot(

@@ -58,8 +58,8 @@ class Config:
     warm_up: int = 8
     clip_low: float = 0.2
     clip_high: float = 0.28
-    held_out: int = 200
-    evaluate_every: int = 4
+    held_out: int = 300
+    evaluate_every: int = 6
     concurrency: int = 48
 
 
