@@ -56,6 +56,13 @@ def back_areal(row: Json) -> Read:
     return read(ids, mask, logprobs)
 
 
+def back_tinker(row: Json) -> Read:
+    inputs = row["loss_fn_inputs"]
+    ids = [*row["model_input"], inputs["target_tokens"][-1]]
+    assert ids[1:] == inputs["target_tokens"]
+    return read(ids, [0, *(int(trained) for trained in inputs["mask"])], [0.0, *inputs["logprobs"]])
+
+
 def back_nemo_rl(row: Json) -> Read:
     names = ("token_ids", "token_loss_mask", "generation_logprobs")
     ids, mask, logprobs = ([v for m in row["message_log"] for v in m[name]] for name in names)
@@ -67,6 +74,7 @@ BACK: dict[str, Callable[[Json], Read]] = {
     "nemo-rl": back_nemo_rl,
     "skyrl": back_skyrl,
     "slime": back_slime,
+    "tinker": back_tinker,
     "verl": back_verl,
 }
 

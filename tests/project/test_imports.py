@@ -56,6 +56,7 @@ LAYERS: dict[str, set[str]] = {
 ONLY: dict[str, tuple[str, ...]] = {
     "torch": ("engines.local", "export"),
     "transformers": ("engines.local",),
+    "tinker": ("export.tinker",),
     "aiohttp.web": ("gateway.app", "engines.server", "testing"),
     "openai": ("demo", "clients", "inprocess"),
     "anthropic": ("clients", "inprocess"),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tokentape.export import areal, nemo_rl, skyrl, slime, verl
+from tokentape.export import areal, nemo_rl, skyrl, slime, tinker, verl
 from tokentape.types import Json
 
 
@@ -28,6 +28,7 @@ _ALL: tuple[Trainer, ...] = (
     Trainer("nemo-rl", nemo_rl.rows, nemo_rl.CONVENTION),
     Trainer("skyrl", skyrl.rows, skyrl.CONVENTION),
     Trainer("slime", slime.rows, slime.CONVENTION),
+    Trainer("tinker", tinker.rows, tinker.CONVENTION, takes_experts=False),
     Trainer("verl", verl.rows, verl.CONVENTION),
 )
 
