@@ -15,7 +15,7 @@ IN_LETTA := HOME=$(LETTA_DIR)/home LETTA_PG_URI= $(LETTA_DIR)/bin
 # The trainers' own packages, for tests of what is exported to them; torch is the small CPU build.
 TRAINERS_DIR := $(LIVE_DIR)/trainers
 
-.PHONY: demo train-demo test check live letta trainers bench format clean
+.PHONY: demo train-demo test check live letta trainers trl-demo bench format clean
 
 demo: $(VENV)/ready
 	$(BIN)/tokentape demo
@@ -44,6 +44,10 @@ letta: $(LETTA_DIR)/ready
 trainers: $(TRAINERS_DIR)/ready
 	$(TRAINERS_DIR)/bin/pip install -q --no-deps -e .
 	$(TRAINERS_DIR)/bin/pytest -p no:cacheprovider tests/export
+
+trl-demo: $(TRAINERS_DIR)/ready
+	$(TRAINERS_DIR)/bin/pip install -q --no-deps -e .
+	$(TRAINERS_DIR)/bin/python examples/trl_grpo.py
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/parse.py
