@@ -132,6 +132,10 @@ class _PackedLayer(CacheLayerMixin):
         """No maximum."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The same, by the name that it has in transformers 5.8."""
+        return -1
+
 
 class PackedBatch:
     """Rows of different lengths in one left-padded storage; for models that `is_packable` says yes to.
