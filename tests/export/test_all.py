@@ -51,6 +51,10 @@ def back_skyrl(row: Json) -> Read:
     return joined(row["prompt_token_ids"], row["response_ids"], row["loss_masks"], row["rollout_logprobs"])
 
 
+def back_trl(row: Json) -> Read:
+    return joined(row["prompt_ids"], row["completion_ids"], row["env_mask"], row["logprobs"])
+
+
 def back_areal(row: Json) -> Read:
     [ids], [mask], [logprobs] = row["input_ids"], row["loss_mask"], row["logprobs"]
     return read(ids, mask, logprobs)
@@ -75,6 +79,7 @@ BACK: dict[str, Callable[[Json], Read]] = {
     "skyrl": back_skyrl,
     "slime": back_slime,
     "tinker": back_tinker,
+    "trl": back_trl,
     "verl": back_verl,
 }
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tokentape.export import areal, nemo_rl, skyrl, slime, tinker, verl
+from tokentape.export import areal, nemo_rl, skyrl, slime, tinker, trl, verl
 from tokentape.types import Json
 
 
@@ -29,6 +29,7 @@ _ALL: tuple[Trainer, ...] = (
     Trainer("skyrl", skyrl.rows, skyrl.CONVENTION),
     Trainer("slime", slime.rows, slime.CONVENTION),
     Trainer("tinker", tinker.rows, tinker.CONVENTION, takes_experts=False),
+    Trainer("trl", trl.rows, trl.CONVENTION, takes_experts=False),
     Trainer("verl", verl.rows, verl.CONVENTION),
 )
 
