@@ -29,9 +29,9 @@ async def test_a_run_is_verified(
     rows = await sessions(server.url, server.model_dir, num_sessions=num, num_turns=3, max_tokens=64)
     path, bad = tmp_path / "good.parquet", tmp_path / "bad.parquet"
     await asyncio.to_thread(pq.write_table, pa.Table.from_pylist(rows, schema=SAMPLES), path)
-    turn = rows[0]["turns"][0]
-    ids = rows[0]["token_ids"]
-    ids[turn["start"] + 1], ids[turn["start"] + 2] = ids[turn["start"] + 2] + 1, ids[turn["start"] + 1]
+    turn, ids = rows[0]["turns"][0], rows[0]["token_ids"]
+    at = next(at for at in range(turn["start"], turn["end"] - 1) if ids[at] != ids[at + 1])
+    ids[at], ids[at + 1] = ids[at + 1], ids[at]
     await asyncio.to_thread(pq.write_table, pa.Table.from_pylist(rows, schema=SAMPLES), bad)
     vocab_size = model_sizes(server.model_dir).vocab_size
     assert vocab_size is not None
