@@ -223,21 +223,24 @@ def test_samples_of_a_file_are_a_sequence(tmp_path: Path) -> None:
         kept[4]
 
 
-def test_one_session_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row is read when it is asked for: the second group of rows is not touched before."""
-    stored_in = tmp_path / "samples.parquet"
-    samples_of(stored(tmp_path / "s.sqlite"))
-    read: list[int] = []
-    plain = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, at, **k: read.append(at) or plain(self, at, **k)
-    )
-    rows: Iterator[Json] = TRAINERS["verl"].rows(FileSamples(stored_in))
-    next(rows)
-    next(rows)
-    assert read == [0]
-    next(rows)
-    assert read == [0, 1]
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_few_rows_are_in_memory_at_a_time(ending: str, tmp_path: Path) -> None:
+    alive: list[int] = [0, 0]  # now, at most
+
+    class Counted(dict[str, Any]):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            alive[0] += 1
+            alive[1] = max(alive)
+
+        def __del__(self) -> None:
+            alive[0] -= 1
+
+    def make() -> Iterator[Json]:
+        return (Counted({"a": at, "b": [{}]}) for at in range(1000))
+
+    assert write_rows(tmp_path / f"rows.{ending}", make) == 1000
+    assert 0 < alive[1] <= 130
 
 
 def test_json_columns_are_named(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def export(
     Sessions that are still open are exported as they are.
 
     With --format all samples make one batch: groups are compared and counted over the whole file. They go to
-    a file beside --out first, which is removed; one session at a time is in memory. In Parquet, columns with
+    a file beside --out first, which is removed; few of them are in memory at a time. In Parquet, columns with
     objects are JSON text; `tokentape.export.read_exported` reads both kinds of file.
     """
     if at_version is not None and max_staleness is None:

@@ -21,7 +21,7 @@ _ROW_GROUP = 64
 
 
 class FileSamples(Sequence[Row]):
-    """The samples of a Parquet file, to be read as often as wanted; one row group is in memory at a time.
+    """The samples of a Parquet file, to be read as often as wanted; few are in memory at a time.
 
     A trainer's `rows` look at all samples, several times, and keep none: so that they number groups and see
     what only some samples have as they do for a list.
