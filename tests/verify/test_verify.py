@@ -21,6 +21,7 @@ from tokentape.engines.sglang_score import Scores
 from tokentape.errors import ConfigError
 from tokentape.model import TINY_MODEL
 from tokentape.schema import SAMPLES
+from tokentape.testing import FakeSGLang
 from tokentape.tokenizer import Tokenizer
 from tokentape.verify import Report, verify
 
@@ -172,6 +173,27 @@ def another_logprob(rows: Rows) -> None:
     rows[0]["logprobs"][at] -= 0.5
 
 
+def logprob_of_another_token(rows: Rows) -> None:
+    span = _span(rows[0])
+    values = rows[0]["logprobs"]
+    values[span[0]] = min((values[at] for at in span), key=lambda x: -abs(x - values[span[0]]))
+
+
+def wrong_version(rows: Rows) -> None:
+    """Tokens of other weights under the engine's name."""
+    for at in _span(rows[0]):
+        rows[0]["logprobs"][at] -= 0.05
+
+
+def sampling_of_fewer_turns(rows: Rows) -> None:
+    """Nothing may be left out in silence."""
+    rows[0]["sampling"] = "[]"
+
+
+def sampling_of_another_type(rows: Rows) -> None:
+    rows[0]["sampling"] = rows[0]["sampling"].replace("{", '{"temperature":"hot",')
+
+
 def another_temperature(rows: Rows) -> None:
     row = next(row for row in rows if '"temperature":0.7' in row["sampling"])
     row["sampling"] = row["sampling"].replace("0.7", "0.9")
@@ -184,8 +206,13 @@ BY_RULES: dict[Callable[[Rows], None], str] = {
     wrong_version_span: "mask 1 without a version",
     trained_twice: "is there twice",
     unknown_id: "outside the model's vocabulary of 1024 ids",
+    sampling_of_fewer_turns: "sampling is of 0 turns, there are 2",
+    sampling_of_another_type: "sampling is not what turns are sampled with",
 }
-BY_ENGINE = [swapped_ids, shifted_logprobs, dropped_prompt_token, another_logprob, another_temperature]
+BY_ENGINE = [
+    *(swapped_ids, shifted_logprobs, dropped_prompt_token, another_logprob, logprob_of_another_token),
+    *(wrong_version, another_temperature),
+]
 
 
 @pytest.mark.parametrize("corrupt", BY_RULES, ids=lambda c: c.__name__)
@@ -194,8 +221,13 @@ async def test_a_broken_rule(
 ) -> None:
     rows = copy.deepcopy(recorded)
     corrupt(rows)
-    report = await checked(client, written(tmp_path / "f.parquet", rows))
+    report = await checked(
+        client, written(tmp_path / "f.parquet", rows), tokenizer=Tokenizer(TINY_MODEL / "tokenizer.json")
+    )
     assert report.num_violations >= 1
+    assert report.num_trained == sum(sum(row["loss_mask"]) for row in rows)
+    about_a_token = "token " in report.violations[0] or "its mask" in report.violations[0]
+    assert ("⟦" in (report.violation_text or "")) is about_a_token
     assert any(BY_RULES[corrupt] in violation for violation in report.violations), report.violations
     assert report.problems
     assert (await client.info()).weight_version == "default"  # it is alive
@@ -238,7 +270,10 @@ async def test_other_weights_are_shown_and_not_judged(
     path = written(tmp_path / "f.parquet", rows)
     report = await checked(client, path)
     assert [(v.version, v.judged) for v in report.versions] == [("older", False)]
-    assert report.problems == ["no token could be judged"]
+    (problem,) = report.problems
+    assert problem.startswith(
+        "no token could be judged: the engine has weights 'default', the tokens are of 'older'"
+    )
     assert (await checked(client, path, judged=["older"])).versions[0].num_far > 0
 
 
@@ -253,9 +288,59 @@ async def test_half_precision_is_judged_by_the_share(
         rows[0]["logprobs"][at] = recorded[0]["logprobs"][at] - by
         report = await checked(client, written(path, rows), tolerance=0.3, max_share=0.05)
         assert (report.problems == []) is passes
+    first, last = _span(rows[0])[0], _span(rows[0])[-1]
+    rows[0]["logprobs"][first], rows[0]["logprobs"][last] = rows[0]["logprobs"][last] - 0.4, -9.0
+    report = await checked(client, written(path, rows), tolerance=0.3, max_share=1.0)
+    assert report.first_offence is not None
+    assert report.first_offence.token == last, "what noise may be is named before what it may not be"
+
+
+async def test_a_wrong_turn_is_not_lost_in_a_large_file(
+    client: SGLangEngine, recorded: Rows, tmp_path: Path
+) -> None:
+    """Shifted by one, no token of a confident policy is off by far, and of many turns the share is small."""
+    rows = copy.deepcopy(recorded)
+    path, turn = tmp_path / "f.parquet", rows[0]["turns"][-1]
     for at in _span(rows[0]):
-        rows[0]["logprobs"][at] = recorded[0]["logprobs"][at] - 0.4
-    assert (await checked(client, written(path, rows), tolerance=0.3, max_share=0.05)).problems
+        rows[0]["logprobs"][at] -= 0.4
+    report = await checked(client, written(path, rows), tolerance=0.3, max_share=1.0)
+    assert report.problems == ["version default: 1 turns have a quarter of their tokens beyond 0.3"]
+    assert report.first_offence is not None
+    assert (report.first_offence.turn_id, report.first_offence.token) == (turn["turn_id"], turn["start"])
+
+
+async def test_a_tape_that_fills_the_context(recorded: Rows, tmp_path: Path) -> None:
+    """No engine can be sent it whole; what can be is compared, the rest is counted."""
+    rows = [row for row in recorded if row["session_id"] == "a"]
+    longest = max(rows, key=lambda row: len(row["token_ids"]))
+    local = LocalEngine(TINY_MODEL, context_length=len(longest["token_ids"]))
+    try:
+        async with serve(make_app(local)) as url, contextlib.aclosing(client_of(url)) as client:
+            report = await checked(client, written(tmp_path / "f.parquet", rows))
+    finally:
+        local.close()
+    full = sum(len(row["token_ids"]) == len(longest["token_ids"]) for row in rows)
+    assert report.problems == []
+    assert report.not_compared == {"beyond the engine's context": full}
+    assert report.whole.num_tokens == report.num_trained - full
+
+
+async def test_a_tape_far_longer_than_the_context(recorded: Rows, tmp_path: Path) -> None:
+    local = LocalEngine(TINY_MODEL, context_length=8)
+    try:
+        async with serve(make_app(local)) as url, contextlib.aclosing(client_of(url)) as client:
+            report = await checked(client, written(tmp_path / "f.parquet", recorded[:2]))
+    finally:
+        local.close()
+    assert report.not_compared == {"beyond the engine's context": report.num_trained}
+    assert report.problems == ["no token could be judged"]
+
+
+async def test_weights_that_change_meanwhile_are_an_error(
+    client: SGLangEngine, recorded: Rows, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="weights changed from '7' to 'default'"):
+        await checked(client, written(tmp_path / "f.parquet", recorded), engine_version="7")
 
 
 async def test_rows_of_a_session_may_lie_apart(client: SGLangEngine, recorded: Rows, tmp_path: Path) -> None:
@@ -294,6 +379,39 @@ async def test_an_engine_without_temperatures(recorded: Rows, tmp_path: Path) ->
     )
     assert report.problems == []
     assert report.not_compared == {"sampled at temperature 0.7": sum(rows[-1]["loss_mask"])}
+
+
+@pytest.mark.parametrize(("recorded_as", "found"), [(-1.0, True), (-1.4, False)])
+async def test_an_engine_that_never_scaled_is_found(
+    recorded: Rows, tmp_path: Path, recorded_as: float, found: bool
+) -> None:
+    """`SGLANG_RETURN_ORIGINAL_LOGPROB`: sampled at temperature 0.5, log-probabilities of temperature 1."""
+    rows = copy.deepcopy([row for row in recorded if row["session_id"] == "a"])
+    for row in rows:
+        row["sampling"] = json.dumps([{**turn, "temperature": 0.5} for turn in json.loads(row["sampling"])])
+        row["logprobs"] = [None if x is None else recorded_as for x in row["logprobs"]]
+
+    class Unscaled:
+        async def score(self, ids: Any, start: int, temperature: float = 1.0) -> Any:
+            return Scores([-1.0] * (len(ids) - start), 1.0, "default")
+
+    path = written(tmp_path / "f.parquet", rows)
+    options: dict[str, Any] = {"engine_version": "default", "vocab_size": VOCAB, "max_share": 0.0}
+    report = await verify(path, Unscaled(), tolerance=1e-3, **options)
+    assert report.unscaled is not None
+    assert report.unscaled.num_tokens == report.num_trained
+    assert any("SGLANG_RETURN_ORIGINAL_LOGPROB" in p for p in report.problems) is found
+
+
+async def test_an_id_that_would_kill_a_real_server_is_not_sent(recorded: Rows, tmp_path: Path) -> None:
+    rows = copy.deepcopy(recorded)
+    unknown_id(rows)
+    async with FakeSGLang(vocab_size=VOCAB) as fake, contextlib.aclosing(client_of(fake.url)) as client:
+        report = await checked(client, written(tmp_path / "f.parquet", rows))
+        assert fake.alive
+        assert fake.requests
+        assert all(max(request.input_ids) < VOCAB for request in fake.requests)
+    assert report.num_violations >= 1
 
 
 # -- the command

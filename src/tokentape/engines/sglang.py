@@ -155,7 +155,7 @@ class SGLangEngine:
         Raises:
             ContextOverflow: the engine takes only sequences that leave room for one more token.
             EngineError: every other failure.
-            InternalError: there is nothing to score, or an id is outside the vocabulary; nothing was sent.
+            RequestError: there is nothing to score, or an id is outside the vocabulary; nothing was sent.
         """
         rid = protocol.wire_rid(uuid.uuid4().hex)
         body = encode_score(ids, start, rid, self.vocab_size, temperature)

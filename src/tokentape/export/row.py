@@ -36,6 +36,7 @@ class Split:
     response_logprobs: list[float | None]
 
 
+_ROWS = 64
 _EXPERT_CODES: Mapping[str, str] = {"uint8": "B", "uint16": "H", "int32": "i"}
 
 
@@ -175,14 +176,14 @@ def sessions_in(path: str | Path) -> Counter[str]:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The samples of a Parquet file, one row group in memory at a time.
+    """The samples of a Parquet file, a few in memory at a time.
 
     Raises:
         ConfigError: it is no Parquet file, is damaged, or is not one of samples.
     """
     with _opened(path) as file:
-        for index in range(file.num_row_groups):
-            yield from file.read_row_group(index).to_pylist()
+        for batch in file.iter_batches(batch_size=_ROWS):  # others write row groups of any size
+            yield from batch.to_pylist()
 
 
 @contextlib.contextmanager

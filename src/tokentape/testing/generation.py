@@ -11,7 +11,14 @@ from typing import Any
 from aiohttp import web
 from tokenizers import Tokenizer
 
-from tokentape.testing.script import Fault, Reply, Sampled, pseudo_experts, pseudo_support
+from tokentape.testing.script import (
+    Fault,
+    Reply,
+    Sampled,
+    pseudo_experts,
+    pseudo_logprob,
+    pseudo_support,
+)
 
 _STOPPING = ("stall", "disconnect", "cut", "error_event", "abort")  # kinds that end behind `after` tokens
 
@@ -175,7 +182,7 @@ class Generation:
             logprobs = self._sampled.logprobs[start:end]
             triples = [[logprob, i, None] for logprob, i in zip(logprobs, ids, strict=True)]
             meta |= {
-                "input_token_logprobs": [],
+                "input_token_logprobs": self._scores(),
                 "output_token_logprobs": triples,
                 "output_token_logprobs_length": end,
             }
@@ -200,6 +207,17 @@ class Generation:
         if self._fault is not None:
             self._fault.spoil(answer, last=finish is not None)
         return answer
+
+    def _scores(self) -> list[list[Any]]:
+        """`pseudo_logprob` of the prompt's own tokens at their places, from the asked one on: it has none."""
+        start, ids = self._received.body.get("logprob_start_len", -1), self._received.input_ids
+        if start < 0:
+            return []
+        return [
+            [pseudo_logprob(i, at) if at > start else None, i, None]
+            for at, i in enumerate(ids)
+            if at >= start
+        ]
 
     def _experts(self, end: int) -> str:
         """Those of all tokens but the last, from the place that was asked for."""

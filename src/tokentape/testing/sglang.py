@@ -40,7 +40,8 @@ class FakeSGLang:
     parameters, a `rid` that is running, a prompt (plus `max_new_tokens`) beyond `context_length`, a
     constraint that is no JSON. An id outside `vocab_size` kills it, as it does the real one, and so does a
     `top_logprobs_num` beyond it. Constraints and `logit_bias` are recorded, not obeyed; `top_logprobs_num` is
-    answered with `pseudo_top`. `/abort_request` ends a running request with its
+    answered with `pseudo_top`, `logprob_start_len` with each id's `pseudo_logprob` at its place.
+    `/abort_request` ends a running request with its
     partial ids, and every other whose rid begins with the same text (observed on the real one). Stop strings
     are not looked for.
 

@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 
 EDGES = tuple(base * 10.0**power for power in range(-7, 2) for base in (1.0, 2.0, 5.0))
 """Edges of the histogram's bins, nats: below the first, between two, above the last."""
+FAR = 10
+"""So many times the tolerance, no token may be off."""
+_MANY, _SHARE = 4, 0.25
 
 
 @dataclass(slots=True)
 class Figures:
     """Of some tokens: |recomputed - recorded| in nats, and the estimate of what it means.
 
-    `num_beyond` exceed the tolerance, `num_far` ten times that. `k3` is the mean of exp(r) - 1 - r with
+    `num_beyond` exceed the tolerance, `num_far` ten times that; `num_bad_turns` are turns of which at least
+    four tokens and a quarter of all exceed it. `k3` is the mean of exp(r) - 1 - r with
     r = recomputed - recorded: an estimate of the divergence KL(sampled from || recomputed), never negative.
     """
 
@@ -20,13 +24,14 @@ class Figures:
     num_tokens: int = 0
     num_beyond: int = 0
     num_far: int = 0
+    num_bad_turns: int = 0
     largest: float = 0.0
     histogram: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
     _sum: float = 0.0
     _sum_k3: float = 0.0
 
-    def add(self, recorded: float, recomputed: float) -> bool:
-        """Count a token; whether it is within the tolerance."""
+    def add(self, recorded: float, recomputed: float) -> float:
+        """Count a token; its difference, nats."""
         ratio = recomputed - recorded
         difference = abs(ratio)
         self.num_tokens += 1
@@ -35,8 +40,14 @@ class Figures:
         self.largest = max(self.largest, difference)
         self.histogram[bisect_right(EDGES, difference)] += 1
         self.num_beyond += difference > self.tolerance
-        self.num_far += difference > 10 * self.tolerance
-        return difference <= self.tolerance
+        self.num_far += difference > FAR * self.tolerance
+        return difference
+
+    def add_turn(self, num_tokens: int, num_beyond: int) -> bool:
+        """Count a turn whose tokens have been counted; whether too many of them are beyond the tolerance."""
+        bad = num_beyond >= max(_MANY, _SHARE * num_tokens)
+        self.num_bad_turns += bad
+        return bad
 
     @property
     def mean(self) -> float:

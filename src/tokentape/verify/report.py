@@ -1,8 +1,14 @@
 """What `tokentape verify` found, as data, and what it means."""
 
+from collections.abc import Iterator
+
 import msgspec
 
-from tokentape.verify.figures import EDGES, Figures
+from tokentape.verify.figures import EDGES, FAR, Figures
+
+_ENOUGH = 20
+_ALIKE = 0.2
+"""`Report.unscaled` agrees where at least so many tokens differ by less than this share of the tolerance."""
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,6 +22,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     share_beyond: float
     num_far: int
+    num_bad_turns: int
     mean: float
     largest: float
     k3: float
@@ -30,6 +37,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
             num_tokens=figures.num_tokens,
             share_beyond=figures.share_beyond,
             num_far=figures.num_far,
+            num_bad_turns=figures.num_bad_turns,
             mean=figures.mean,
             largest=figures.largest,
             k3=figures.k3,
@@ -61,8 +69,10 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All findings about one file.
 
-    `violations` are broken rules, in words, the first of them. `not_compared` counts trained tokens that no
-    prefill can judge, by why. `drift` is None without a tokenizer.
+    `violations` are broken rules, in words, the first of them; `violation_text` is what the first is about,
+    as `Offence.text`. `not_compared` counts trained tokens that no prefill can judge, by why. `unscaled`
+    compares tokens sampled at another temperature, which this engine cannot score, with values at
+    temperature 1: they must not agree. `drift` is None without a tokenizer.
     """
 
     path: str
@@ -73,9 +83,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     num_trained: int
     num_violations: int
     violations: tuple[str, ...]
+    violation_text: str | None
     not_compared: dict[str, int]
     whole: Summary
     versions: tuple[Summary, ...]
+    unscaled: Summary | None
     first_offence: Offence | None
     drift: Drift | None
     histogram_edges: tuple[float, ...] = EDGES
@@ -87,17 +99,35 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         if self.num_violations:
             found.append(f"{self.num_violations} broken rules")
         for one in self.versions:
-            if not one.judged:
-                continue
-            if one.num_far:
-                found.append(
-                    f"version {one.version}: {one.num_far} tokens are more than {10 * self.tolerance:g} off"
-                )
-            if one.share_beyond > self.max_share:
-                found.append(
-                    f"version {one.version}: {one.share_beyond:.2%} of the tokens are more than "
-                    f"{self.tolerance:g} off ({self.max_share:.2%} may be)"
-                )
+            if one.judged:
+                found += [f"version {one.version}: {what}" for what in self._wrong(one)]
+        other = self.unscaled
+        if other is not None and other.num_tokens >= _ENOUGH and other.mean <= self.tolerance * _ALIKE:
+            found.append(
+                f"{other.num_tokens} tokens that were sampled at another temperature have log-probabilities "
+                f"of temperature 1 (mean difference {other.mean:.1e}): was the engine started with "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB?"
+            )
         if not any(one.judged and one.num_tokens for one in self.versions) and self.num_trained:
-            found.append("no token could be judged")
+            found.append(self._unjudged())
         return found
+
+    def _wrong(self, one: Summary) -> Iterator[str]:
+        if one.num_far:
+            yield f"{one.num_far} tokens are more than {FAR * self.tolerance:g} off"
+        if one.num_bad_turns:
+            yield f"{one.num_bad_turns} turns have a quarter of their tokens beyond {self.tolerance:g}"
+        if one.share_beyond > self.max_share:
+            yield (
+                f"{one.share_beyond:.2%} of the tokens are more than {self.tolerance:g} off "
+                f"({self.max_share:.2%} may be)"
+            )
+
+    def _unjudged(self) -> str:
+        others = ", ".join(repr(one.version) for one in self.versions)
+        if not others:
+            return "no token could be judged"
+        return (
+            f"no token could be judged: the engine has weights {self.engine_version!r}, the tokens are of "
+            f"{others} (--version, if they are the same)"
+        )

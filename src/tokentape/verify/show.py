@@ -39,8 +39,10 @@ def _parts(report: Report) -> Iterator[RenderableType]:
             f"({share:.0%}), which have {drift.num_tokens_in_drifted:,} tokens"
         )
     yield f"broken rules: {report.num_violations}"
-    for violation in report.violations[:_SHOWN]:
+    for number, violation in enumerate(report.violations[:_SHOWN]):
         yield Text(f"  {violation}", style="red")
+        if number == 0 and report.violation_text is not None:
+            yield Text(f"    {report.violation_text!r}")
     if report.num_violations > _SHOWN:
         yield f"  and {report.num_violations - _SHOWN} more"
     if (first := report.first_offence) is not None:
