@@ -67,6 +67,13 @@ def back_tinker(row: Json) -> Read:
     return read(ids, [0, *(int(trained) for trained in inputs["mask"])], [0.0, *inputs["logprobs"]])
 
 
+def back_datasets(row: Json) -> Read:
+    """Arrow has nulls: nothing is put in the place of a missing log-probability."""
+    mask = [int(label != -100) for label in row["labels"]]
+    assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    return row["input_ids"], mask, row["logprobs"]
+
+
 def back_nemo_rl(row: Json) -> Read:
     names = ("token_ids", "token_loss_mask", "generation_logprobs")
     ids, mask, logprobs = ([v for m in row["message_log"] for v in m[name]] for name in names)
@@ -75,6 +82,7 @@ def back_nemo_rl(row: Json) -> Read:
 
 BACK: dict[str, Callable[[Json], Read]] = {
     "areal": back_areal,
+    "datasets": back_datasets,
     "nemo-rl": back_nemo_rl,
     "skyrl": back_skyrl,
     "slime": back_slime,
