@@ -435,6 +435,20 @@ def command_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
+async def test_a_picture_that_cannot_be_made_is_said_at_once(
+    recorded: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = written(tmp_path / "good.parquet", recorded)
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code, _, err = await run(
+        str(good), "--engine", "http://127.0.0.1:9", "--histogram", str(tmp_path / "h.png")
+    )
+    assert code == 2
+    assert "tokentape[train]" in err
+    assert len(err.strip().splitlines()) == 1
+
+
 async def test_the_command(engine: LocalEngine, recorded: Rows, tmp_path: Path) -> None:
     good = written(tmp_path / "good.parquet", recorded)
     rows = copy.deepcopy(recorded)

@@ -18,13 +18,11 @@ from tokentape.model import model_directory, model_sizes
 from tokentape.tokenizer import Tokenizer
 from tokentape.verify import Report
 from tokentape.verify import verify as verify_file
-from tokentape.verify.show import draw_histogram, tables
+from tokentape.verify.show import check_can_draw, draw_histogram, tables
 
 _FLOAT32 = (1e-3, 0.0)
-_OTHERS = (
-    0.3,
-    0.01,
-)  # half precision: a decode and a prefill of the same ids differ by 0.02 to 0.05 in the mean
+# Half precision: a decode and a prefill of the same ids differ by 0.02 to 0.05 in the mean.
+_OTHERS = (0.3, 0.01)
 
 
 @click.command()
@@ -78,6 +76,8 @@ def verify(
     An engine with the weights that sampled recomputes them by prefill. Exit code 0: all is well. 1: it is
     not; the first sample and token that are wrong are named. 2: file, engine or an option cannot be used.
     """
+    if histogram is not None:
+        check_can_draw(histogram)
 
     async def run() -> Report:
         total = sum(sessions_in(file).values())

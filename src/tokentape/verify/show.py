@@ -1,5 +1,6 @@
 """A `Report` for a terminal, and its histogram as a picture."""
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,30 @@ def _row(name: str, one: Summary) -> tuple[str, ...]:
     return name, f"{one.num_tokens:,}", *figures
 
 
-def draw_histogram(report: Report, path: Path) -> None:
-    """Write the histogram of |recomputed - recorded| as PNG.
+def check_can_draw(path: Path) -> None:
+    """Say before a long run that there will be no picture.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the file cannot be written.
+        ConfigError: matplotlib is not installed, or the directory cannot be made.
     """
     try:
-        from matplotlib.figure import Figure
+        importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise ConfigError(f"a picture needs matplotlib: pip install 'tokentape[train]' ({error})") from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+
+
+def draw_histogram(report: Report, path: Path) -> None:
+    """Write the histogram of |recomputed - recorded| as PNG; `check_can_draw` has said that one can.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
     edges = report.histogram_edges
     figure: Any = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -92,7 +107,6 @@ def draw_histogram(report: Report, path: Path) -> None:
     )
     axes.legend()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
