@@ -1,4 +1,4 @@
-"""TRL's own GRPOTrainer on tapes: the bundled model learns to use its calculator.
+"""TRL's own GRPOTrainer on tapes: the bundled model is trained to use its calculator.
 
 TRL asks its `rollout_func` for completions; this one
 
@@ -20,7 +20,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def make_trainer(config: Config, rollouts: Any, questions: list[Question], direc
 
 
 @contextlib.contextmanager
-def training(config: Config) -> Iterator[tuple[GRPOTrainer, Rollouts]]:
+def training(config: Config) -> Generator[tuple[GRPOTrainer, Rollouts]]:
     """A trainer, and the engine and gateway that it plays with while the context is open."""
     rng = random.Random(config.seed)
     drawn = {q.text: q for q in (make_question(rng) for _ in range(2 * config.steps * config.questions))}
