@@ -74,6 +74,13 @@ def back_datasets(row: Json) -> Read:
     return row["input_ids"], mask, row["logprobs"]
 
 
+def back_openrlhf(row: Json) -> Read:
+    mask = [0] * len(row["observation_tokens"])
+    for start, end in row["action_ranges"]:
+        mask[start:end] = [1] * (end - start)
+    return read(row["observation_tokens"], mask, row["rollout_log_probs"])
+
+
 def back_nemo_rl(row: Json) -> Read:
     names = ("token_ids", "token_loss_mask", "generation_logprobs")
     ids, mask, logprobs = ([v for m in row["message_log"] for v in m[name]] for name in names)
@@ -84,6 +91,7 @@ BACK: dict[str, Callable[[Json], Read]] = {
     "areal": back_areal,
     "datasets": back_datasets,
     "nemo-rl": back_nemo_rl,
+    "openrlhf": back_openrlhf,
     "skyrl": back_skyrl,
     "slime": back_slime,
     "tinker": back_tinker,
