@@ -38,7 +38,7 @@ class LogprobBasis(StrEnum):
     """Which distribution a turn's log-probabilities are of.
 
     SGLang takes them after penalties, `logit_bias`, constraint and temperature, and before truncation. What a
-    trainer recomputes must be treated alike: see docs/training.md.
+    trainer recomputes must be treated alike: see docs/sampling.md.
     """
 
     SAMPLED = "sampled"  # of the very distribution that the tokens were drawn from

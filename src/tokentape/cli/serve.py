@@ -60,7 +60,7 @@ from tokentape.volatile import RULES as VOLATILE
     multiple=True,
     type=click.Choice(["support", "routed-experts"]),
     help="Also ask the engine for what truncation left to sample from, or where tokens were routed; may be "
-    "repeated. See docs/training.md.",
+    "repeated. See docs/sampling.md.",
 )
 @click.option("--auto-sessions", is_flag=True, help="Create unknown sessions when they are first used.")
 @click.option("--api-key", envvar="TOKENTAPE_API_KEY", help="Require this key from every caller.")
