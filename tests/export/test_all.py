@@ -81,6 +81,10 @@ def back_openrlhf(row: Json) -> Read:
     return read(row["observation_tokens"], mask, row["rollout_log_probs"])
 
 
+def back_prime_rl(row: Json) -> Read:
+    return read(row["token_ids"], [int(trained) for trained in row["mask"]], row["logprobs"])
+
+
 def back_nemo_rl(row: Json) -> Read:
     names = ("token_ids", "token_loss_mask", "generation_logprobs")
     ids, mask, logprobs = ([v for m in row["message_log"] for v in m[name]] for name in names)
@@ -92,6 +96,7 @@ BACK: dict[str, Callable[[Json], Read]] = {
     "datasets": back_datasets,
     "nemo-rl": back_nemo_rl,
     "openrlhf": back_openrlhf,
+    "prime-rl": back_prime_rl,
     "skyrl": back_skyrl,
     "slime": back_slime,
     "tinker": back_tinker,

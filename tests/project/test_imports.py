@@ -57,6 +57,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "torch": ("engines.local", "export"),
     "transformers": ("engines.local",),
     "tinker": ("export.tinker",),
+    "verifiers": ("export.verifiers",),
     "openrlhf": ("export.openrlhf",),
     "datasets": ("export.huggingface",),
     "aiohttp.web": ("gateway.app", "engines.server", "testing"),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tokentape.export import areal, huggingface, nemo_rl, openrlhf, skyrl, slime, tinker, trl, verl
+from tokentape.export import areal, huggingface, nemo_rl, openrlhf, skyrl, slime, tinker, trl, verifiers, verl
 from tokentape.types import Json
 
 
@@ -28,6 +28,7 @@ _ALL: tuple[Trainer, ...] = (
     Trainer("datasets", huggingface.rows, huggingface.CONVENTION),
     Trainer("nemo-rl", nemo_rl.rows, nemo_rl.CONVENTION),
     Trainer("openrlhf", openrlhf.rows, openrlhf.CONVENTION, takes_experts=False),
+    Trainer("prime-rl", verifiers.rows, verifiers.CONVENTION),
     Trainer("skyrl", skyrl.rows, skyrl.CONVENTION),
     Trainer("slime", slime.rows, slime.CONVENTION),
     Trainer("tinker", tinker.rows, tinker.CONVENTION, takes_experts=False),
