@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import json
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
@@ -245,9 +246,10 @@ def main() -> None:
     """Train on text, and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=Config.steps)
+    parser.add_argument("--steps", type=int, default=Config().steps)
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="where grpo.py wrote its curves")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as at Ctrl-C: engine and gateway too
     if not (options.out / "curves.json").exists():
         raise SystemExit(f"{options.out}/curves.json is missing: run grpo.py first, to compare with")
     exact = [Curves(**each) for each in json.loads((options.out / "curves.json").read_text())]

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -327,9 +328,10 @@ def main() -> None:
     """Train, report, and exit with 1 where a seed has not reached the goal."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=Config.steps)
+    parser.add_argument("--steps", type=int, default=Config().steps)
     parser.add_argument("--out", type=Path, default=Path("runs/train"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as at Ctrl-C: engine and gateway too
     configs = [Config(seed=seed, steps=options.steps) for seed in options.seeds]
     runs = asyncio.run(run_all(configs))
     sys.exit(0 if report(runs, options.out, Console()) else 1)

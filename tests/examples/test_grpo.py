@@ -2,9 +2,13 @@
 
 import json
 import math
+import signal
+import sys
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
+import ablation
+import grpo
 import pytest
 import pytest_asyncio
 import torch
@@ -263,3 +267,45 @@ def test_the_report_says_whether_the_goal_is_reached(
         f"seed 3: 50.0% of the held-out questions right at the start, {end:.1%}"
         in (tmp_path / "summary.txt").read_text()
     )
+
+
+@pytest.mark.parametrize(("end", "code"), [(0.9, 0), (0.6, 1)])
+def test_the_command_runs_every_seed_and_exits_by_the_goal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: float, code: int
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra: pip install 'tokentape[train]'")
+    asked = list[Config]()
+
+    async def run_all(configs: list[Config]) -> list[Curves]:
+        asked.extend(configs)
+        return [Curves(config.seed, [(0, 0.5), (12, end)], [0.5], [1e-6], [1e-7], 1.0) for config in configs]
+
+    monkeypatch.setattr(grpo, "run_all", run_all)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as exited:
+        grpo.main()
+    assert exited.value.code == code
+    assert asked == [Config(seed=seed) for seed in (0, 1, 2)]
+
+
+def test_the_ablation_needs_what_grpo_wrote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match=r"run grpo\.py first"):
+        ablation.main()
+
+
+def test_the_ablation_is_shown(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra: pip install 'tokentape[train]'")
+    run = Curves(0, [(0, 0.5), (12, 0.9)], [0.5], [1e-6], [1e-7], 1.0)
+    found = Findings(2, 1, 4, 1, 10, 2, 8, 1, [0.0, 0.25], [0.0, 0.0, 0.0, 2.0])
+    ablation.show([run], [run], [found, found], tmp_path)
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    rows = {row[0]: row[1:] for row in json.loads((tmp_path / "ablation.json").read_text())["table"]}
+    assert rows["held-out questions right"] == ["50.0% to 90.0%", "50.0% to 90.0%"]
+    assert rows["turns whose ids drift"] == ["0", "25.0%"]
+    assert rows["sampled tokens under no mask"] == ["0", "20.00%"]
+    assert rows["trained tokens never sampled"] == ["0", "12.50%"]
+    assert rows["tokens off by more than 1e-3"] == ["0", "50.00%"]
+    assert rows["turns whose sum is off by more than 1e-3"] == ["-", "25.0%"]
