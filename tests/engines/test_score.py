@@ -89,7 +89,7 @@ def answer(entries: Any = None, **meta: Any) -> bytes:
 
 
 def test_a_good_answer_is_read() -> None:
-    scores = decode_scores(answer(weight_version="7", input_logprob_temperature=0.5), [1, 2, 3], 1)
+    scores = decode_scores(answer(weight_version="7", input_logprob_temperature=0.5), [1, 2, 3], 1, 100)
     assert (scores.logprobs, scores.temperature, scores.weight_version) == ([-0.5, -1.5], 0.5, "7")
 
 
@@ -110,7 +110,16 @@ def test_a_good_answer_is_read() -> None:
 )
 def test_another_answer_is_refused(payload: tuple[str, bytes]) -> None:
     with pytest.raises(EngineProtocolError):
-        decode_scores(payload[1], [1, 2, 3], 1)
+        decode_scores(payload[1], [1, 2, 3], 1, 100)
+
+
+def test_the_last_id_of_the_vocabulary_is_called_0() -> None:
+    """As SGLang 0.5.23 does; nothing else is."""
+    payload = answer([[None, 1, None], [-0.5, 0, None], [-1.5, 3, None]])
+    assert decode_scores(payload, [1, 99, 3], 1, 100).logprobs == [-0.5, -1.5]
+    for ids, vocab_size in (([1, 99, 3], 101), ([1, 98, 3], 100)):
+        with pytest.raises(EngineProtocolError, match="token 1 is"):
+            decode_scores(payload, ids, 1, vocab_size)
 
 
 @pytest.mark.shared
@@ -125,6 +134,6 @@ def test_a_real_servers_answer(name: str, start: int) -> None:
     assert capture["request"]["body"]["logprob_start_len"] == start - 1
     sent = msgspec.json.decode(encode_score(ids, start, "r", 50_000))
     assert sent["logprob_start_len"] == start - 1
-    scores = decode_scores(capture["raw_body"].encode(), ids, start)
+    scores = decode_scores(capture["raw_body"].encode(), ids, start, 49_152)
     assert len(scores.logprobs) == len(ids) - start
     assert scores.weight_version == "default"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,42 +15,87 @@ from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.model import model_sizes
 from tokentape.schema import SAMPLES
 from tokentape.tokenizer import Tokenizer
-from tokentape.verify import verify
+from tokentape.verify import Report, verify
 from updatekit import sessions
 
+Json = dict[str, Any]
 pytestmark = pytest.mark.live
+
+
+def swapped_ids(row: Json) -> None:
+    """Two neighbours change places; with equal ones an id becomes its neighbour in the vocabulary."""
+    ids, at = row["token_ids"], row["turns"][0]["start"] + 1
+    ids[at], ids[at + 1] = ids[at + 1] + (ids[at] == ids[at + 1]), ids[at]
+
+
+def shifted_logprobs(row: Json) -> None:
+    span = slice(row["turns"][0]["start"], row["turns"][0]["end"])
+    values = row["logprobs"][span]
+    row["logprobs"][span] = [values[-1], *values[:-1]]
+
+
+def dropped_prompt_token(row: Json) -> None:
+    for column in ("token_ids", "loss_mask", "logprobs"):
+        del row[column][row["num_prompt_tokens"] - 2]
+    row["num_prompt_tokens"] -= 1
+    for span in (*row["turns"], *row["weight_versions"]):
+        span["start"] -= 1
+        span["end"] -= 1
+
+
+def shifted_mask(row: Json) -> None:
+    row["loss_mask"] = [0, *row["loss_mask"][:-1]]
+
+
+def unknown_id(row: Json) -> None:
+    row["token_ids"][row["turns"][0]["start"]] = 10**6
+
+
+DAMAGE = [swapped_ids, shifted_logprobs, dropped_prompt_token, shifted_mask, unknown_id]
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
 async def test_a_run_is_verified(
     sglang_server: Callable[[str], Any], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A good file is, and in half precision, too, every damaged one is not."""
     server = sglang_server(name)
     num = 8 if name == "tiny" else 3
     rows = await sessions(server.url, server.model_dir, num_sessions=num, num_turns=3, max_tokens=64)
-    path, bad = tmp_path / "good.parquet", tmp_path / "bad.parquet"
-    await asyncio.to_thread(pq.write_table, pa.Table.from_pylist(rows, schema=SAMPLES), path)
-    turn, ids = rows[0]["turns"][0], rows[0]["token_ids"]
-    at = next(at for at in range(turn["start"], turn["end"] - 1) if ids[at] != ids[at + 1])
-    ids[at], ids[at + 1] = ids[at + 1], ids[at]
-    await asyncio.to_thread(pq.write_table, pa.Table.from_pylist(rows, schema=SAMPLES), bad)
     vocab_size = model_sizes(server.model_dir).vocab_size
     assert vocab_size is not None
     tokenizer = Tokenizer(server.model_dir / "tokenizer.json", num_ids=vocab_size)
     async with contextlib.aclosing(SGLangEngine(SGLangConfig(server.url), vocab_size=vocab_size)) as engine:
         info = await engine.info()
-        options: dict[str, Any] = {"engine_version": info.weight_version, "vocab_size": vocab_size}
+        assert await engine.dtype() != "float32"
+        options: Json = {"engine_version": info.weight_version, "vocab_size": vocab_size}
         options |= {"tolerance": 0.3, "max_share": 0.01, "tokenizer": tokenizer, "concurrency": 2}
-        report, spoiled = await verify(path, engine, **options), await verify(bad, engine, **options)
-    with capsys.disabled():
+
+        async def verified(rows: list[Json]) -> Report:
+            path = tmp_path / "f.parquet"
+            await asyncio.to_thread(pq.write_table, pa.Table.from_pylist(rows, schema=SAMPLES), path)
+            return await verify(path, engine, **options)
+
+        report = await verified(rows)
         whole, drift = report.whole, report.drift
-        print(  # noqa: T201
-            f"\n{name}: {whole.num_tokens} tokens, mean {whole.mean:.4f}, largest {whole.largest:.3f}, "
-            f"k3 {whole.k3:.1e}, beyond 0.3: {whole.share_beyond:.2%}; {drift}"
-        )
-    assert report.problems == []
-    assert report.num_violations == 0
-    assert report.whole.num_tokens == report.num_trained > 200
-    assert spoiled.problems
-    assert spoiled.first_offence is not None
-    assert spoiled.first_offence.sample_id == rows[0]["sample_id"]
+        with capsys.disabled():
+            print(  # noqa: T201
+                f"\n{name}: {whole.num_tokens} tokens, mean {whole.mean:.4f}, largest {whole.largest:.3f}, "
+                f"k3 {whole.k3:.1e}, beyond 0.3: {whole.share_beyond:.2%}; {drift}"
+            )
+        assert report.problems == []
+        assert report.num_violations == 0
+        assert whole.num_tokens == report.num_trained > 200
+        for damage in DAMAGE:
+            damaged = copy.deepcopy(rows)
+            damage(damaged[0])
+            report = await verified(damaged)
+            with capsys.disabled():
+                print(f"  {damage.__name__}: {report.problems}")  # noqa: T201
+            assert report.problems, damage.__name__
+            if report.num_violations:
+                assert damaged[0]["sample_id"] in report.violations[0]
+            else:
+                assert report.first_offence is not None
+                assert report.first_offence.sample_id == damaged[0]["sample_id"], damage.__name__
+        assert (await engine.info()).weight_version == info.weight_version, "the server is alive"

@@ -170,7 +170,7 @@ class SGLangEngine:
             self._slots.release()
         if response.status != 200:
             raise refusal(response.status, error_message(payload))
-        return decode_scores(payload, ids, start)
+        return decode_scores(payload, ids, start, self.vocab_size)
 
     async def interrupt(self) -> None:
         """End all generations under way: each yields the tokens it has, and a result that says "abort"."""

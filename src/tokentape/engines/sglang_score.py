@@ -79,8 +79,11 @@ def encode_score(
     return msgspec.json.encode(body)
 
 
-def decode_scores(payload: bytes, ids: Sequence[int], start: int) -> Scores:
+def decode_scores(payload: bytes, ids: Sequence[int], start: int, vocab_size: int) -> Scores:
     """The answer to `encode_score`, checked id by id.
+
+    SGLang names the vocabulary's last id 0 (observed; source: what is not below `vocab_size - 1` is taken for
+    an image's placeholder), and gives the log-probability of the id that was sent: that alone is let pass.
 
     Raises:
         EngineAborted: the engine was told to abort.
@@ -99,11 +102,13 @@ def decode_scores(payload: bytes, ids: Sequence[int], start: int) -> Scores:
             f"{len(ids)} ids were sent, the answer is of {meta.prompt_tokens} and has "
             f"{'no' if entries is None else len(entries)} input_token_logprobs"
         )
-    if (said := [i for _, i, _ in entries]) != expected:
-        raise errors.EngineProtocolError(
-            f"input_token_logprobs are of {len(said)} ids, beginning {said[:4]}; "
-            f"asked was for {len(expected)}, beginning {expected[:4]}"
-        )
+    said = [i for _, i, _ in entries]
+    if len(said) != len(expected):
+        what = f"{len(said)} input_token_logprobs, asked was for {len(expected)}"
+        raise errors.EngineProtocolError(what)
+    for at, (i, sent) in enumerate(zip(said, expected, strict=True), start=start - 1):
+        if i != sent and (i, sent) != (0, vocab_size - 1):
+            raise errors.EngineProtocolError(f"token {at} is {sent}, {i} in input_token_logprobs")
     logprobs: list[float] = []
     for at, (logprob, _, _) in enumerate(entries[1:], start=start):
         if logprob is None or not _MIN_LOGPROB < logprob <= _MAX_LOGPROB:  # false for NaN, too
