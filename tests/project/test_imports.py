@@ -43,8 +43,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
-        *CORE, "audit", "cli", "demo", "engines", "export", "formatfile", "formats", "gateway", "model", "store",
-        "tokenizer", "verify", "volatile", "",
+        *CORE, "audit", "cli", "demo", "engines", "export", "formatfile", "formats", "gateway", "model",
+        "store", "tokenizer", "verify", "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {*CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "tape"},
