@@ -2,21 +2,24 @@
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 EDGES = tuple(base * 10.0**power for power in range(-7, 2) for base in (1.0, 2.0, 5.0))
 """Edges of the histogram's bins, nats: below the first, between two, above the last."""
 FAR = 10
 """So many times the tolerance, no token may be off."""
-_MANY, _SHARE = 4, 0.25
+MEAN = 0.5
+"""So many times the tolerance, no turn may be off in the mean."""
+_SHORT = 10  # tokens; a shorter turn is taken for one of this length: its mean says less
 
 
 @dataclass(slots=True)
 class Figures:
     """Of some tokens: |recomputed - recorded| in nats, and the estimate of what it means.
 
-    `num_beyond` exceed the tolerance, `num_far` ten times that; `num_bad_turns` are turns of which at least
-    four tokens and a quarter of all exceed it. `k3` is the mean of exp(r) - 1 - r with
+    `num_beyond` exceed the tolerance, `num_far` ten times that; `num_bad_turns` are turns that are off by
+    more than half of it in the mean. `k3` is the mean of exp(r) - 1 - r with
     r = recomputed - recorded: an estimate of the divergence KL(sampled from || recomputed), never negative.
     """
 
@@ -43,9 +46,9 @@ class Figures:
         self.num_far += difference > FAR * self.tolerance
         return difference
 
-    def add_turn(self, num_tokens: int, num_beyond: int) -> bool:
-        """Count a turn whose tokens have been counted; whether too many of them are beyond the tolerance."""
-        bad = num_beyond >= max(_MANY, _SHARE * num_tokens)
+    def add_turn(self, differences: Sequence[float]) -> bool:
+        """Count a turn whose tokens have been counted; whether it is off as a whole."""
+        bad = sum(differences) > MEAN * self.tolerance * max(len(differences), _SHORT)
         self.num_bad_turns += bad
         return bad
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from tokentape.verify.figures import EDGES, FAR, Figures
+from tokentape.verify.figures import EDGES, FAR, MEAN, Figures
 
 _ENOUGH = 20
 _ALIKE = 0.2
@@ -116,7 +116,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         if one.num_far:
             yield f"{one.num_far} tokens are more than {FAR * self.tolerance:g} off"
         if one.num_bad_turns:
-            yield f"{one.num_bad_turns} turns have a quarter of their tokens beyond {self.tolerance:g}"
+            yield f"{one.num_bad_turns} turns are more than {MEAN * self.tolerance:g} off in the mean"
         if one.share_beyond > self.max_share:
             yield (
                 f"{one.share_beyond:.2%} of the tokens are more than {self.tolerance:g} off "

@@ -241,23 +241,20 @@ class _Check:
     def _turn(self, index: int, row: Row, turn: TurnSpan, start: int, logprobs: Sequence[float]) -> None:
         """Compare a turn's tokens; `logprobs` are of the tokens from `start` on."""
         found, version_at = self._found, versions_of(row)
-        tokens: Counter[str] = Counter()
-        beyond: dict[str, list[int]] = defaultdict(list)
+        differences: dict[str, dict[int, float]] = defaultdict(dict)
         for at in range(turn["start"], min(turn["end"], start + len(logprobs))):
             recorded, recomputed = cast("float", row["logprobs"][at]), logprobs[at - start]
             version = version_at[at] or ""
             found.whole.add(recorded, recomputed)
             figures = found.versions.setdefault(version, Figures(found.tolerance))
-            difference = figures.add(recorded, recomputed)
-            tokens[version] += 1
+            difference = differences[version][at] = figures.add(recorded, recomputed)
             if difference > found.tolerance:
-                beyond[version].append(at)
                 self._offends("beyond", index, row, turn, at, version, recomputed)
             if difference > FAR * found.tolerance:
                 self._offends("far", index, row, turn, at, version, recomputed)
-        for version, num in tokens.items():
-            if found.versions[version].add_turn(num, len(beyond[version])):
-                at = beyond[version][0]
+        for version, by_token in differences.items():
+            if found.versions[version].add_turn([*by_token.values()]):
+                at = max(by_token, key=by_token.__getitem__)
                 self._offends("turn", index, row, turn, at, version, logprobs[at - start])
 
     def _offends(
