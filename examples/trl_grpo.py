@@ -1,11 +1,12 @@
 """TRL's own GRPOTrainer on tapes: the bundled model is trained to use its calculator.
 
-TRL asks its `rollout_func` for completions; this one
+TRL asks its `rollout_func` for completions. That of `tokentape.adapters.trl` takes two functions of ours:
 
-1. pushes the trainer's weights to the engine under a name of their own, "step-3";
-2. lets an ordinary agent on the openai SDK play an episode for each prompt through the gateway;
-3. returns the episodes' samples as TRL wants them: ids, mask, log-probabilities. The tool results between a
-   policy's turns are in the completion, and masked.
+1. `push` has the engine load the trainer's weights under a name of their own, "step-4": TRL's step, and a
+   generation is for four of them;
+2. `play` lets an ordinary agent on the openai SDK play an episode for a prompt through the gateway, and
+   returns its samples. TRL gets their ids, mask and log-probabilities; the tool results between a policy's
+   turns are in the completion, and masked. A tape of other weights than those just pushed is an error.
 
 Advantages, loss and optimizer are TRL's.
 
@@ -32,10 +33,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
+from tokentape.adapters.trl import Ask, rollout_func
 from tokentape.demo.agent import solve
 from tokentape.demo.task import Question, make_question, reward
 from tokentape.export import Row
-from tokentape.export.trl import recorded_reward, rollout_output
+from tokentape.export.trl import recorded_reward
 from tokentape.model import TINY_MODEL
 
 
@@ -54,16 +56,15 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One step: the version that was pushed, those on the tapes, and what the episodes earned."""
+    """One generation: the versions on its tapes, and what its episodes earned."""
 
-    version: str
-    versions: frozenset[str]
+    versions: Sequence[str]
     rewards: Sequence[float]
     num_trained: int
 
 
 class Rollouts:
-    """A `rollout_func`: from TRL's prompts, which are questions, to recorded episodes."""
+    """Episodes for TRL, whose prompts are the questions, and what they earned."""
 
     def __init__(
         self,
@@ -74,50 +75,41 @@ class Rollouts:
         directory: Path,
     ) -> None:
         self.by_text = {question.text: question for question in questions}
-        self.runner, self.service, self.directory = runner, service, directory
-        self.slots = asyncio.Semaphore(config.concurrency)
-        self.rng = random.Random(config.seed)
+        self.seed, self.service, self.directory = config.seed, service, directory
+        self.rollout = rollout_func(self.play, push=self.push, run=runner.run, concurrency=config.concurrency)
         self.reports = list[Report]()
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[Any]]:
-        """Completions for TRL, one for each prompt, sampled by the weights of now."""
-        version = f"step-{len(self.reports)}"
+        """What TRL calls: completions for the prompts, sampled by the weights of now."""
+        made = self.rollout(prompts, trainer)
+        self.report(made)
+        return made
+
+    async def push(self, trainer: GRPOTrainer, version: str) -> None:
+        """Let the engine sample from the weights of now."""
         directory = self.directory / version
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(directory)
-        episodes = self.runner.run(self.rollouts(directory, version, prompts))
-        self.report(version, [sample for episode in episodes for sample in episode])
-        return rollout_output(prompts, episodes)
-
-    async def rollouts(self, directory: Path, version: str, prompts: list[str]) -> list[list[Row]]:
-        """Have the engine load the weights, and play an episode for each prompt with them."""
         await self.service.load(directory, version)
-        seeds = [self.rng.getrandbits(40) for _ in prompts]
-        played = (
-            self.play(self.by_text[prompt], f"{version}/{prompt}", seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        )
-        return await asyncio.gather(*played)
 
-    async def play(self, question: Question, group_id: str, seed: int) -> list[Row]:
+    async def play(self, ask: Ask) -> list[Row]:
         """One episode, from its session to its samples; its reward is recorded with it."""
-        async with self.slots:
-            session = await self.service.call("POST", "/sessions", {"group_id": group_id})
-            client = self.service.openai.with_options(base_url=session["base_url"])
-            episode = await solve(client, question, seed=seed)
-            path = f"/sessions/{session['session_id']}"
-            await self.service.call("POST", f"{path}/finish", {"reward": reward(question, episode.answer)})
-            return (await self.service.call("GET", f"{path}/samples"))["samples"]
+        question = self.by_text[ask.prompt]
+        seed = random.Random(f"{self.seed} {ask.group_id} {ask.index}").getrandbits(40)
+        session = await self.service.call("POST", "/sessions", {"group_id": ask.group_id})
+        client = self.service.openai.with_options(base_url=session["base_url"])
+        episode = await solve(client, question, seed=seed)
+        path = f"/sessions/{session['session_id']}"
+        await self.service.call("POST", f"{path}/finish", {"reward": reward(question, episode.answer)})
+        return (await self.service.call("GET", f"{path}/samples"))["samples"]
 
-    def report(self, version: str, samples: Sequence[Row]) -> None:
-        """Print the step; every token must have been sampled by the weights that were pushed for it."""
-        found = frozenset(span["version"] for sample in samples for span in sample["weight_versions"])
-        rewards, num_trained = [s["reward"] for s in samples], sum(sum(s["loss_mask"]) for s in samples)
-        if found != {version}:
-            raise RuntimeError(f"pushed {version}, but the tapes say {sorted(found)}")
-        self.reports.append(Report(version, found, rewards, num_trained))
+    def report(self, made: dict[str, list[Any]]) -> None:
+        """Print the step."""
+        versions = sorted({span["version"] for spans in made["weight_versions"] for span in spans})
+        rewards, num_trained = made["reward"], sum(map(sum, made["env_mask"]))
+        self.reports.append(Report(versions, rewards, num_trained))
         print(
-            f"{version:<8} reward {sum(rewards) / len(rewards):.3f}   {len(samples)} episodes, "
-            f"{num_trained:,} trained tokens, every tape says {version}",
+            f"{', '.join(versions):<8} reward {sum(rewards) / len(rewards):.3f}   {len(rewards)} episodes, "
+            f"{num_trained:,} trained tokens",
             flush=True,
         )
 
@@ -193,7 +185,9 @@ def main() -> None:
     started = time.monotonic()
     reports = run(Config(seed=options.seed, steps=options.steps))
     first, last = (sum(report.rewards) / len(report.rewards) for report in (reports[0], reports[-1]))
-    print(f"{len(reports)} steps in {time.monotonic() - started:.0f} s, reward {first:.3f} → {last:.3f}")
+    print(
+        f"{len(reports)} generations in {time.monotonic() - started:.0f} s, reward {first:.3f} → {last:.3f}"
+    )
 
 
 if __name__ == "__main__":

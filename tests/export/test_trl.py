@@ -1,5 +1,6 @@
 """TRL: its own GRPOTrainer pads, masks, compares and trains what a `rollout_func` returns of our samples."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from episodes import forked, silent, single
 from packages import own
 from recorded import Recorder, record, said, user
 
+from tokentape.adapters.trl import Ask, rollout_func
 from tokentape.errors import ConfigError
 from tokentape.export import trl
 from tokentape.export.row import Row
@@ -94,7 +96,7 @@ def test_several_samples_need_a_choice() -> None:
 # -- in TRL
 
 
-def episode(name: str, ids: Sequence[int], reward: float | None) -> list[Row]:
+def episode(name: str, ids: Sequence[int], reward: float | None, version: str = "v") -> list[Row]:
     """Two turns with a tool's answer between, in ids that the bundled model has."""
     recorder, first = Recorder(), said("look")
     middle = len(ids) // 2
@@ -103,7 +105,7 @@ def episode(name: str, ids: Sequence[int], reward: float | None) -> list[Row]:
         (start, first, ids[:middle]),
         ([*start, first, user("x")], said("b"), ids[middle:]),
     ):
-        spans = (VersionSpan("v", 0, len(part)),)
+        spans = (VersionSpan(version, 0, len(part)),)
         recorder.run(history, reply, completion=list(part), versions=spans)
     return samples(record(name, reward=reward), recorder.tree.tapes()).to_pylist()
 
@@ -231,6 +233,35 @@ def test_the_loss_does_not_see_what_tools_said(make_trainer: Make) -> None:
     assert (logps.grad != 0).equal((batch["completion_mask"] * batch["tool_mask"]).bool() & compared)
 
 
+@OF_TRL
+def test_trl_calls_what_the_adapter_makes(make_trainer: Make) -> None:
+    """A step between two evaluations: weights are pushed where they are new, groups are TRL's own."""
+    pushed: list[tuple[Any, str]] = []
+    asks: list[Ask] = []
+
+    async def push(trainer: Any, version: str) -> None:
+        pushed.append((trainer, version))
+
+    async def play(ask: Ask) -> list[Row]:
+        asks.append(ask)
+        return episode(f"s{len(asks)}", [10, 11, 12 + ask.index], float(ask.index), ask.version)
+
+    trainer = make_trainer(
+        rollout_func(play, push=push), num_generations_eval=2, per_device_eval_batch_size=4
+    )
+    trainer.evaluate(trainer.train_dataset)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset)
+    assert pushed == [(trainer, "step-0"), (trainer, "step-1")]
+    groups = [list(group) for _, group in itertools.groupby(asks, lambda ask: ask.group_id)]
+    assert [(group[0].version, group[0].prompt, len(group)) for group in groups] == [
+        ("step-0", "a", 2), ("step-0", "b", 2),
+        ("step-0", "a", 3), ("step-0", "b", 3),
+        ("step-1", "a", 2), ("step-1", "b", 2),
+    ]  # fmt: skip
+    assert len({group[0].group_id for group in groups}) == 6
+
+
 # -- the example
 
 
@@ -247,10 +278,7 @@ def test_the_example_takes_a_step() -> None:
         # Whatever they earned: the weights move, so that a step sampled by those of before would be seen.
         trainer.reward_funcs = [lambda completions, **_: [float(at % 2) for at in range(len(completions))]]
         trainer.train()
-    assert [(r.version, set(r.versions)) for r in rollouts.reports] == [
-        ("step-0", {"step-0"}),
-        ("step-1", {"step-1"}),
-    ]
+    assert [report.versions for report in rollouts.reports] == [["step-0"], ["step-2"]]
     assert [len(report.rewards) for report in rollouts.reports] == [4, 4]
     for batch, report in zip(made, rollouts.reports, strict=True):
         trained = (batch["completion_mask"] * batch["tool_mask"]).bool()

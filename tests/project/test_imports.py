@@ -48,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {*CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "tape"},
-    "adapters": {*CORE, "", "adapters", "engines.sglang", "model"},
+    "adapters": {*CORE, "", "adapters", "engines.sglang", "export", "model"},
     "__main__": {"cli"},
     "": {"inprocess"},
 }  # fmt: skip

@@ -1,1 +1,1 @@
-"""Adapters for agent frameworks and trainers; `letta.py` is Letta's, the modules beside it are its parts."""
+"""Adapters for agent frameworks and trainers: `letta.py` is Letta's, with parts beside it, `trl.py` TRL's."""
