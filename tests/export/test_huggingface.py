@@ -1,6 +1,7 @@
 """Hugging Face datasets: rows go through the real library and back, and through transformers' collators."""
 
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ def test_a_dataset_holds_what_the_rows_say(package: Any) -> None:
     assert [e for layers in experts for layer in layers for e in layer] == [
         *samples[0]["routed_experts"]["data"]
     ]
+
+
+def test_log_probabilities_keep_their_bits(package: Any) -> None:
+    """A sample's are float32, and so is the column: not one that eighths alone survive."""
+    assert package is not None
+    [sample] = single()
+    third = struct.unpack("f", struct.pack("f", -1 / 3))[0]
+    logprobs = [p and third for p in sample["logprobs"]]
+    captured = {"logprobs": logprobs, "sampling_logprobs": logprobs}
+    [row] = huggingface.dataset([{**sample, **captured}])
+    assert third in row["logprobs"]
+    assert row["logprobs"] == row["sampling_logprobs"] == logprobs
 
 
 def test_a_file_of_samples_is_the_same_dataset(package: Any, tmp_path: Path) -> None:

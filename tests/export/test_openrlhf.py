@@ -110,6 +110,14 @@ def test_openrlhf_makes_the_same_experiences(generator: Any, reward: float | Non
         assert found.rollout_log_probs[0].tolist() == [p or 0.0 for p in sample["logprobs"][1:]]
 
 
+def test_a_sample_that_fills_the_length_counts_as_clipped(generator: Any) -> None:
+    for max_length, clipped in ((7, True), (8, False)):
+        [found] = openrlhf.experiences(single(), max_length=max_length)
+        [row] = openrlhf.rows(single())
+        assert found.info == generator(None, row, max_len=max_length).info
+        assert found.info["response_clip_ratio"].tolist() == [clipped]
+
+
 def test_what_execute_returns_has_the_keys_that_openrlhf_gives(generator: Any) -> None:
     made = openrlhf.output(single(), prompt="p", label="l", max_length=MAX)
     assert (made["prompt"], made["label"], made["action_ranges"]) == ("p", "l", [(3, 7)])

@@ -64,6 +64,7 @@ def test_verifiers_reads_the_samples_back(trace: Any) -> None:
     made = verifiers.branches(samples)
     for branch, sample in zip(made, samples, strict=True):
         assert isinstance(branch, trace.Branch)
+        assert branch.index == (sample["sample_id"] == "t4")  # the second of its session
         assert branch.token_ids == sample["token_ids"]
         assert branch.sampled_mask == [*map(bool, sample["loss_mask"])]
         assert branch.logprobs == [p or 0.0 for p in sample["logprobs"]]
@@ -106,6 +107,9 @@ def test_what_verifiers_cannot_hold_is_an_error(trace: Any) -> None:
     messages[0] = {"role": "critic", "content": "c"}
     with pytest.raises(ConfigError, match="sample t1: verifiers has no such message of 'critic'"):
         verifiers.branches([{**sample, "messages": json.dumps(messages)}])
+    short = [{**turn, "end": turn["end"] - 1} for turn in sample["turns"]]
+    with pytest.raises(ConfigError, match="sample t1: its last turn ends at 6, its tape does not"):
+        verifiers.branches([{**sample, "turns": short}])
     size = 6 * (len(sample["token_ids"]) - 1)
     wide = {"data": (300).to_bytes(2, "little") * size, "dtype": "uint16", "width": 6}
     with pytest.raises(ConfigError, match="sample t1: verifiers' experts are uint8, 300 is not"):
