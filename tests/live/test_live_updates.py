@@ -18,7 +18,7 @@ async def test_a_run_under_updates(
     """No turn is lost, and every token is that of the weights that its span names."""
     server = sglang_server("smollm2")
     other = await asyncio.to_thread(perturbed, server.model_dir, tmp_path / "other", scale=0.1)
-    updates = Updates(server.url, [server.model_dir, other], every_s=2.0)
+    updates = Updates(server.url, [server.model_dir, other], every_s=3.0)
     async with updating(updates):
         rows = await sessions(server.url, server.model_dir, num_sessions=3, num_turns=1, max_tokens=96)
     checked = await asyncio.to_thread(check, rows, updates.weights)

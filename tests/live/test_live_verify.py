@@ -43,16 +43,6 @@ def variety(row: Json) -> float:
     return sum(abs(a - b) for a, b in zip(values, shifted(values), strict=True))
 
 
-def dropped_token(row: Json) -> None:
-    """With all that goes with it: no rule is broken."""
-    at = row["turns"][0]["start"] + 1
-    for column in ("token_ids", "loss_mask", "logprobs"):
-        del row[column][at]
-    for span in (*row["turns"], *row["weight_versions"]):
-        span["start"] -= span["start"] > at
-        span["end"] -= span["end"] > at
-
-
 def shifted_mask(row: Json) -> None:
     row["loss_mask"] = [0, *row["loss_mask"][:-1]]
 
@@ -61,7 +51,7 @@ def unknown_id(row: Json) -> None:
     row["token_ids"][row["turns"][0]["start"]] = 10**6
 
 
-DAMAGE = [swapped_ids, shifted_logprobs, dropped_token, shifted_mask, unknown_id]
+DAMAGE = [swapped_ids, shifted_logprobs, shifted_mask, unknown_id]
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
@@ -96,7 +86,7 @@ async def test_a_run_is_verified(
             )
         assert report.problems == []
         assert report.num_violations == 0
-        assert whole.num_tokens == report.num_trained > 200
+        assert whole.num_tokens == report.num_trained > 100
         for damage in DAMAGE:
             damaged = copy.deepcopy(rows)
             damage(damaged[0])
