@@ -14,7 +14,7 @@ async def test_a_run_under_updates(tmp_path: Path) -> None:
     engine = await asyncio.to_thread(LocalEngine, TINY_MODEL)
     try:
         async with serve(make_app(engine)) as url:
-            updates = Updates(url, [TINY_MODEL, other], every_s=0.3)
+            updates = Updates(url, [TINY_MODEL, other], every_s=0.1)
             async with updating(updates):
                 rows = await sessions(url, TINY_MODEL, num_sessions=6, num_turns=4, max_tokens=120)
     finally:
