@@ -13,7 +13,17 @@ from enum import StrEnum
 import msgspec
 
 from tokentape.errors import InternalError
-from tokentape.types import Json, Message, Prompt, RoutedExperts, Sampling, Support, TokenRun, VersionSpan
+from tokentape.types import (
+    GREEDY_BELOW,
+    Json,
+    Message,
+    Prompt,
+    RoutedExperts,
+    Sampling,
+    Support,
+    TokenRun,
+    VersionSpan,
+)
 from tokentape.volatile import Superseded
 
 
@@ -52,10 +62,6 @@ class LogprobBasis(StrEnum):
             return cls.GREEDY
         top_p, top_k, min_p = sampling.top_p or 1.0, sampling.top_k or -1, sampling.min_p or 0.0
         return cls.UNTRUNCATED if top_p < 1 or top_k > 1 or min_p > 0 else cls.SAMPLED
-
-
-GREEDY_BELOW = 1e-6
-"""A lower temperature means: take the likeliest token (SGLang's own threshold)."""
 
 
 ITEM_BYTES = {"uint8": 1, "uint16": 2}

@@ -10,6 +10,9 @@ import msgspec
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 Json: TypeAlias = dict[str, Any]
 
+GREEDY_BELOW = 1e-6
+"""A lower temperature means: take the likeliest token (SGLang's own threshold)."""
+
 
 class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """One call that the assistant made. `arguments` is JSON text, as the model or the caller wrote it."""
@@ -57,6 +60,17 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: tuple[tuple[int, float], ...] = ()
     json_schema: str | None = None
     structural_tag: str | None = None
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether only some texts may be sampled."""
+        return self.json_schema is not None or self.structural_tag is not None
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a token's chance depends on how often it was sampled before."""
+        repetition = self.repetition_penalty not in (None, 1.0)
+        return bool(self.frequency_penalty or self.presence_penalty) or repetition
 
 
 @dataclass(frozen=True, slots=True)

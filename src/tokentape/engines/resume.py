@@ -121,14 +121,13 @@ class ResumingEngine:
         self._idle.clear()
         try:
             async with contextlib.aclosing(self._engine.generate(request)) as parts:
-                if (first := await self._first(parts)) is None:
-                    yield _NOTHING
-                    return
-                async for part in _chain(first, parts):
+                part = await self._first(parts) or _NOTHING
+                while part is not None:
                     if isinstance(part, GenerateResult) and version is not None:
                         yield dataclasses.replace(part, versions=_named(part.versions, version))
                     else:
                         yield part
+                    part = None if part is _NOTHING else await anext(parts, None)
         finally:
             self.num_running -= 1
             if not self.num_running:
@@ -170,14 +169,6 @@ class ResumingEngine:
 
 
 _NOTHING = GenerateResult([], [], "abort", None, (), None)
-
-
-async def _chain(
-    first: TokenChunk | GenerateResult, rest: AsyncGenerator[TokenChunk | GenerateResult]
-) -> AsyncGenerator[TokenChunk | GenerateResult]:
-    yield first
-    async for part in rest:
-        yield part
 
 
 class _Done:
@@ -241,6 +232,8 @@ class _Done:
 
 def _joined(parts: Sequence[GenerateResult], last: GenerateResult) -> GenerateResult:
     """One result of several; how it ended is the last's."""
+    if len(parts) == 1 and parts[0] is last:  # never aborted: as nearly all are
+        return last
     spans: list[VersionSpan] = []
     ids: list[int] = []
     for part in parts:
@@ -270,7 +263,4 @@ def _named(spans: Sequence[VersionSpan], version: str) -> tuple[VersionSpan, ...
 
 def _resumable(sampling: Sampling) -> bool:
     """Whether the ids are all that the rest depends on: no grammar, counter or text stands beside them."""
-    constrained = sampling.json_schema is not None or sampling.structural_tag is not None
-    penalised = sampling.frequency_penalty or sampling.presence_penalty
-    penalised = penalised or sampling.repetition_penalty not in (None, 1.0)
-    return not (constrained or penalised or sampling.stop)
+    return not (sampling.is_constrained or sampling.is_penalised or sampling.stop)

@@ -22,9 +22,9 @@ from tokentape.types import RoutedExperts, Support, VersionSpan
 
 # A log-probability is at most 0. Rounding of `logit - logsumexp` in float32 stays below 1e-4 for logits up to
 # 800; what lies in between is kept as sent, never clamped.
-_MAX_LOGPROB = 1e-4
+MAX_LOGPROB = 1e-4
 # Engines write -9999, or the float minimum, for "no value"; a sampled token cannot be that improbable.
-_MIN_LOGPROB = -9999.0
+MIN_LOGPROB = -9999.0
 # A larger bias says nothing more; near float32's limit (1e39) SGLang's log-probabilities are null.
 _MAX_BIAS = 1e4
 _CONSTRAINT_REFUSED = re.compile(
@@ -217,11 +217,6 @@ class Completion:
         self._kept_logprobs: list[float] = []
 
     @property
-    def _is_constrained(self) -> bool:
-        sampling = self._request.sampling
-        return sampling.json_schema is not None or sampling.structural_tag is not None
-
-    @property
     def num_tokens(self) -> int:
         """How many tokens have been received and checked."""
         return len(self.ids)
@@ -345,14 +340,16 @@ class Completion:
         logprobs = [triple[0] for triple in triples]
         if None in logprobs:
             what = f"the log-probability of token {self.num_tokens + logprobs.index(None)} is null"
-            if self._is_constrained:  # observed: the first event of a stream whose grammar allows no token
+            if (
+                self._request.sampling.is_constrained
+            ):  # observed: the first event of a stream whose grammar allows no token
                 raise errors.RequestError(f"{_NOT_HELD}: {what}", param="response_format")
             self._disagree(what)
         values = cast("list[float]", logprobs)
         if new and not (min(new) >= 0 and max(new) < self._vocab_size):
             self._disagree(f"sampled id {max(new)} is outside the vocabulary of {self._vocab_size} ids")
-        if not all(_MIN_LOGPROB < value <= _MAX_LOGPROB for value in values):  # false for NaN, too
-            at = next(i for i, value in enumerate(values) if not _MIN_LOGPROB < value <= _MAX_LOGPROB)
+        if not all(MIN_LOGPROB < value <= MAX_LOGPROB for value in values):  # false for NaN, too
+            at = next(i for i, value in enumerate(values) if not MIN_LOGPROB < value <= MAX_LOGPROB)
             self._disagree(f"{values[at]} of token {self.num_tokens + at} is not a log-probability")
         return values
 
@@ -363,9 +360,9 @@ class Completion:
         for at, (tops, token, logprob) in enumerate(zip(entries, new, logprobs, strict=True)):
             if (wrong := _wrong_top(tops, self._request.num_top_logprobs, self._vocab_size)) is not None:
                 self._disagree(f"output_top_logprobs of token {self.num_tokens + at}: {wrong}")
-            pairs = [(i, value) for value, i, _ in cast("list[_Sure]", tops) if value > _MIN_LOGPROB]
+            pairs = [(i, value) for value, i, _ in cast("list[_Sure]", tops) if value > MIN_LOGPROB]
             said = next((value for i, value in pairs if i == token), logprob)
-            if abs(said - logprob) > _MAX_LOGPROB:
+            if abs(said - logprob) > MAX_LOGPROB:
                 what = f"{said} in output_top_logprobs, {logprob} in output_token_logprobs"
                 self._disagree(f"the log-probability of token {self.num_tokens + at} is {what}")
             checked.append(pairs)
@@ -376,7 +373,7 @@ class Completion:
         kept = self._kept_list.feed(bytes(meta.output_token_sampling_mask), len(new))
         logprobs = self._kept_logprobs_list.feed(bytes(meta.output_token_sampling_logprobs), len(new))
         for at, (ids, token, logprob) in enumerate(zip(kept, new, logprobs, strict=True)):
-            if token not in ids or not _MIN_LOGPROB < logprob <= _MAX_LOGPROB:
+            if token not in ids or not MIN_LOGPROB < logprob <= MAX_LOGPROB:
                 where = f"token {self.num_tokens + at}, id {token}"
                 self._disagree(f"output_token_sampling_mask of {where}: {ids[:8]}, log-probability {logprob}")
         self._kept += kept
@@ -440,7 +437,7 @@ class Completion:
         that nobody asked for. A grammar that comes to allow no token at all (a `$ref` to itself) is a 500, or
         streamed an event whose log-probability is null.
         """
-        if self._is_constrained and _CONSTRAINT_REFUSED.match(message):
+        if self._request.sampling.is_constrained and _CONSTRAINT_REFUSED.match(message):
             return errors.RequestError(f"{_NOT_HELD}: {message.strip()[:500]}", param="response_format")
         return refusal(status, message, self.num_tokens)
 
@@ -460,6 +457,6 @@ def _wrong_top(tops: _Tops, num: int, vocab_size: int) -> str | None:
         return "a log-probability is null"
     sure = cast("list[float]", values)
     # What no token can have is said as the float minimum (observed), and is last as the list is sorted.
-    if not _MIN_LOGPROB < sure[0] <= _MAX_LOGPROB or any(not a >= b for a, b in pairwise(sure)):
+    if not MIN_LOGPROB < sure[0] <= MAX_LOGPROB or any(not a >= b for a, b in pairwise(sure)):
         return f"{sure} are not log-probabilities, best first"
     return None

@@ -14,10 +14,7 @@ from typing import Any
 import msgspec
 
 from tokentape import errors
-
-# As `sglang_protocol` bounds the log-probabilities of sampled tokens.
-_MAX_LOGPROB = 1e-4
-_MIN_LOGPROB = -9999.0
+from tokentape.engines.sglang_protocol import MAX_LOGPROB, MIN_LOGPROB
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +108,7 @@ def decode_scores(payload: bytes, ids: Sequence[int], start: int, vocab_size: in
             raise errors.EngineProtocolError(f"token {at} is {sent}, {i} in input_token_logprobs")
     logprobs: list[float] = []
     for at, (logprob, _, _) in enumerate(entries[1:], start=start):
-        if logprob is None or not _MIN_LOGPROB < logprob <= _MAX_LOGPROB:  # false for NaN, too
+        if logprob is None or not MIN_LOGPROB < logprob <= MAX_LOGPROB:  # false for NaN, too
             raise errors.EngineProtocolError(f"{logprob} of token {at} is not a log-probability")
         logprobs.append(logprob)
     return Scores(logprobs, meta.input_logprob_temperature, meta.weight_version)

@@ -1,8 +1,7 @@
 """A trainer's rows in a file: Parquet or JSON lines, written without having all of them in memory."""
 
-import contextlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast, overload
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 
 from tokentape.errors import ConfigError
 from tokentape.export.row import Row, read_rows
+from tokentape.export.samples import appearing
 from tokentape.types import Json
 
 JSON_LINES = ".jsonl"
@@ -61,7 +61,7 @@ def write_rows(path: Path, make: Callable[[], Iterator[Json]]) -> int:
         ConfigError: as `make`; the file cannot be written; a value is no JSON; a column's values are of
             several types, which Parquet does not hold.
     """
-    with _appearing(path) as partial:
+    with appearing(path) as partial:
         if path.suffix == JSON_LINES:
             return _write_lines(partial, make())
         schema, num_rows = _schema(path, make()), 0
@@ -96,25 +96,6 @@ def read_exported(path: str | Path) -> Iterator[Json]:
                     }
     except (OSError, ValueError) as error:  # pyarrow's and json's errors are both
         raise ConfigError(f"{path} is no file of exported rows: {error}") from error
-
-
-@contextlib.contextmanager
-def _appearing(path: Path) -> Generator[Path]:
-    """Another name to write under; the file gets its own when all went well.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # a path that cannot be: nothing is there
-            partial.unlink(missing_ok=True)
 
 
 def _write_lines(path: Path, rows: Iterator[Json]) -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,22 +119,32 @@ async def write_parquet(path: Path, batches: AsyncIterator[pa.RecordBatch]) -> i
     Raises:
         ConfigError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     num_rows = 0
+    with appearing(path) as partial, pq.ParquetWriter(partial, SAMPLES, compression="zstd") as writer:
+        async for batch in batches:
+            if batch.num_rows:
+                writer.write_batch(batch)
+                num_rows += batch.num_rows
+    return num_rows
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Generator[Path]:
+    """Another name to write under; the file gets its own when all went well.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(partial, SAMPLES, compression="zstd") as writer:
-            async for batch in batches:
-                if batch.num_rows:
-                    writer.write_batch(batch)
-                    num_rows += batch.num_rows
+        yield partial
         partial.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
     finally:
         with contextlib.suppress(OSError):  # a path that cannot be: nothing is there
             partial.unlink(missing_ok=True)
-    return num_rows
 
 
 def chat_message(message: Message) -> Json:

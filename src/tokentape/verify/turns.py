@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from tokentape.export.row import Row
-from tokentape.tape import GREEDY_BELOW
-from tokentape.types import Sampling
+from tokentape.types import GREEDY_BELOW, Sampling
 
 TurnSpan: TypeAlias = Mapping[str, Any]
 """An entry of a sample's `turns`."""
@@ -51,11 +50,9 @@ def plan(row: Row, sampling: list[Sampling]) -> Plan:
 
 def _why_not(sampling: Sampling) -> str | None:
     """Why no prefill can say what the turn's distribution was; None where one can."""
-    if sampling.json_schema is not None or sampling.structural_tag is not None:
+    if sampling.is_constrained:
         return "sampled under a constraint"
-    if sampling.frequency_penalty or sampling.presence_penalty:
-        return "sampled with penalties"
-    if sampling.repetition_penalty not in (None, 1.0):
+    if sampling.is_penalised:
         return "sampled with penalties"
     return "sampled with logit_bias" if sampling.logit_bias else None
 

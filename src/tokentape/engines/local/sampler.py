@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokentape.engines.server.requests import GREEDY_BELOW, SamplingParams
+from tokentape.engines.server.requests import SamplingParams
+from tokentape.types import GREEDY_BELOW
 
 
 class RowSampler:

@@ -15,12 +15,9 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 import msgspec
 
 from tokentape.errors import ContextOverflow, RequestError
-from tokentape.types import VersionSpan
+from tokentape.types import GREEDY_BELOW, VersionSpan
 
 TopLogprobs: TypeAlias = list[tuple[float, int]]
-
-# SGLang's own threshold: a lower temperature means greedy, with unscaled log-probabilities.
-GREEDY_BELOW = 1e-6
 
 # The order and the words of SGLang 0.5.23's own refusal of an unknown key.
 _PARAM_NAMES = [
