@@ -208,6 +208,37 @@ RESERVED = frozenset(
 """Names that a template reads and a caller's arguments may not take."""
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's immutable sandbox, with what it decides by type and name decided once.
+
+    Templates read `message.role` hundreds of times a render. An attribute that a dict does not have is its
+    item, as in the sandbox itself; whether a name is safe on an object hangs on the object's type alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._safe: dict[tuple[type[Any], str], bool] = {}
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute, or else an item."""
+        if type(obj) is dict and attribute not in _DICT:
+            item = cast("Json", obj).get(attribute, _MISSING)
+            return item if item is not _MISSING else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Whether a template may have this attribute."""
+        key = cast("type[Any]", type(obj)), attr
+        safe = self._safe.get(key)
+        if safe is None:
+            safe = self._safe[key] = super().is_safe_attribute(obj, attr, value)
+        return safe
+
+
+_DICT = frozenset(dir(dict))
+_MISSING = object()
+
+
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` blocks mark assistant text for trainers; rendering passes them through."""
 
@@ -231,7 +262,7 @@ def one_moment() -> Generator[None]:
         _MOMENT.reset(token)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> _Sandbox:
     """The environment that transformers gives to chat templates."""
 
     def raise_exception(message: str) -> None:
@@ -251,7 +282,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def strftime_now(format: str) -> str:  # noqa: A002  # templates may pass it by name
         return (_MOMENT.get() or datetime.now()).strftime(format)  # local time, as transformers
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson

@@ -193,7 +193,7 @@ def test_top_that_changes_within_a_stream() -> None:
 
 def test_only_what_is_new_is_decoded() -> None:
     """A text that begins as the one before is never read again: here, its beginning could not be."""
-    grown = GrowingList("x", int)
+    grown = GrowingList("x", msgspec.json.Decoder(list[int]))
     assert grown.feed(b"[1,2]", 2) == [1, 2]
     grown._text = b"[this is no JSON]"
     assert grown.feed(b"[this is no JSON,3]", 1) == [3]

@@ -13,14 +13,15 @@ class GrowingList(Generic[_T]):
     """One list with an entry per sampled token, as text, event after event.
 
     An event carries all entries so far, or (SGLang's `--incremental-streaming-output`) the new ones: the
-    counts tell which. `name` is for messages. What was seen is compared, in C, never decoded again.
+    counts tell which. `name` is for messages, `decoder` reads the list. What was seen is compared, in C,
+    never decoded again.
     """
 
     __slots__ = ("_decode", "_name", "_num_seen", "_seen", "_text")
 
-    def __init__(self, name: str, entry: type[_T]) -> None:
+    def __init__(self, name: str, decoder: "msgspec.json.Decoder[list[_T]]") -> None:
         self._name = name
-        self._decode = msgspec.json.Decoder(list[entry]).decode
+        self._decode = decoder.decode
         self._num_seen = 0
         self._text = b"[]"  # the cumulative list of the event before; b"[]" also in an incremental stream
         self._seen: list[_T] = []

@@ -45,7 +45,7 @@ class ResumingEngine:
         self._open.set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._leave = asyncio.Event()
+        self._waiting: set[_Waiting] = set()
         self.num_running = 0
         self.version: str | None = None
 
@@ -64,7 +64,8 @@ class ResumingEngine:
         until = asyncio.get_running_loop().time() + _GRACE_S
         while self.num_running and self.paused:
             if asyncio.get_running_loop().time() >= until:
-                self._leave.set()
+                for waiting in self._waiting:
+                    waiting.leave()
             await self._engine.interrupt()
             # Again and again: an abort misses what was still on its way to the engine.
             with contextlib.suppress(TimeoutError):
@@ -72,7 +73,6 @@ class ResumingEngine:
 
     def resume(self) -> None:
         """Let all generations go on."""
-        self._leave.clear()
         self._open.set()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
@@ -137,16 +137,16 @@ class ResumingEngine:
         self, parts: AsyncGenerator[TokenChunk | GenerateResult]
     ) -> TokenChunk | GenerateResult | None:
         """The first part, None where a pause leaves the generation before it comes."""
-        first = asyncio.ensure_future(anext(parts))
-        leave = asyncio.ensure_future(self._leave.wait())
+        waiting = _Waiting()
+        self._waiting.add(waiting)
         try:
-            await asyncio.wait({first, leave}, return_when=asyncio.FIRST_COMPLETED)
-            return await first if first.done() else None
+            return await anext(parts)
+        except asyncio.CancelledError:
+            if waiting.was_left():
+                return None
+            raise
         finally:
-            leave.cancel()
-            if not first.done():
-                first.cancel()
-                await asyncio.gather(first, return_exceptions=True)
+            self._waiting.discard(waiting)
 
     async def interrupt(self) -> None:
         """End what the engine runs; it is resumed at once, unless this is paused."""
@@ -166,6 +166,27 @@ class ResumingEngine:
     async def aclose(self) -> None:
         """Close the engine."""
         await self._engine.aclose()
+
+
+class _Waiting:
+    """A task that waits for a generation's first token, and may be told to leave it."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # a generation is read by a task
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._left = False
+
+    def leave(self) -> None:
+        """End the waiting, as a time limit would."""
+        if not self._left:
+            self._left = True
+            self._task.cancel()
+
+    def was_left(self) -> bool:
+        """Whether what cancelled the task was `leave` and nothing else; the task goes on then."""
+        return self._left and self._task.uncancel() <= self._cancelling
 
 
 _NOTHING = GenerateResult([], [], "abort", None, (), None)

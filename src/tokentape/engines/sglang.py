@@ -106,14 +106,13 @@ class SGLangEngine:
         completion = protocol.Completion(request, self.vocab_size)
         patience = _Patience(self.config, request.stream)
         response: aiohttp.ClientResponse | None = None
-        await patience.wait(self._slots.acquire(), 0)
+        await patience.slot(self._slots)
         self._running.add(rid)
         try:
-            response = await patience.wait(self._post("/generate", body), 0)
+            response, whole = await patience.wait(self._ask(body, stream=request.stream), 0)
             if response.status != 200:
                 completion.settled = True
-                said = error_message(await patience.wait(response.read(), 0))
-                raise completion.refused(response.status, said)
+                raise completion.refused(response.status, error_message(whole))
             if request.stream:
                 _check_is_stream(response)
                 decoder = SSEDecoder()
@@ -127,7 +126,7 @@ class SGLangEngine:
                             patience.restart()
                 # The last, empty HTTP chunk often comes alone; only a connection read to its end is reused.
                 await patience.wait(response.content.read(), completion.num_tokens)
-            elif (chunk := completion.feed(await patience.wait(response.read(), 0))) is not None:
+            elif (chunk := completion.feed(whole)) is not None:
                 yield chunk
         except aiohttp.ClientConnectorError as error:
             completion.settled = True  # nothing was sent
@@ -160,7 +159,7 @@ class SGLangEngine:
         rid = protocol.wire_rid(uuid.uuid4().hex)
         body = encode_score(ids, start, rid, self.vocab_size, temperature)
         patience = _Patience(self.config, stream=False)
-        await patience.wait(self._slots.acquire(), 0)
+        await patience.slot(self._slots)
         try:
             async with await patience.wait(self._post("/generate", body), 0) as response:
                 payload = await patience.wait(response.read(), 0)
@@ -245,6 +244,17 @@ class SGLangEngine:
             )
         return self._client
 
+    async def _ask(self, body: bytes, *, stream: bool) -> tuple[aiohttp.ClientResponse, bytes]:
+        """The answer to `/generate` and its body; b"" of a stream that begins well."""
+        response = await self._post("/generate", body)
+        if stream and response.status == 200:
+            return response, b""
+        try:
+            return response, await response.read()
+        except BaseException:
+            response.close()
+            raise
+
     async def _post(self, path: str, body: bytes) -> aiohttp.ClientResponse:
         if self._closed and path != "/abort_request":
             raise errors.InternalError("generate() was called on a closed engine client")
@@ -303,6 +313,13 @@ class _Patience:
     def restart(self) -> None:
         """A token came, and the consumer is done with it."""
         self._mark = self._loop.time()
+
+    async def slot(self, slots: asyncio.Semaphore) -> None:
+        """Take one of `slots`: without a timer where one is free."""
+        if slots.locked():
+            await self.wait(slots.acquire(), 0)
+        else:
+            await slots.acquire()
 
     async def wait(self, step: Awaitable[_T], num_tokens: int) -> _T:
         limits: list[tuple[float, str]] = []

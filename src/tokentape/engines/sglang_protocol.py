@@ -171,6 +171,10 @@ _Triple = tuple[float | None, int, str | None]  # log-probability, id, text (nul
 _Tops = list[_Triple]
 _Sure = tuple[float, int, str | None]
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+_TRIPLES = msgspec.json.Decoder(list[_Triple])
+_TOPS = msgspec.json.Decoder(list[_Tops])
+_KEPT = msgspec.json.Decoder(list[list[int]])
+_FLOATS = msgspec.json.Decoder(list[float])
 
 
 class Completion:
@@ -209,10 +213,10 @@ class Completion:
         self._meta = _Meta()
         self._finish: _Finish | None = None
         self._version: str | None = None
-        self._logprobs_list = GrowingList("output_token_logprobs", _Triple)
-        self._top_list = GrowingList("output_top_logprobs", _Tops)
-        self._kept_list = GrowingList("output_token_sampling_mask", list[int])
-        self._kept_logprobs_list = GrowingList("output_token_sampling_logprobs", float)
+        self._logprobs_list = GrowingList("output_token_logprobs", _TRIPLES)
+        self._top_list = GrowingList("output_top_logprobs", _TOPS)
+        self._kept_list = GrowingList("output_token_sampling_mask", _KEPT)
+        self._kept_logprobs_list = GrowingList("output_token_sampling_logprobs", _FLOATS)
         self._kept: list[list[int]] = []
         self._kept_logprobs: list[float] = []
 
