@@ -17,7 +17,6 @@ from tokentape.types import (
     GREEDY_BELOW,
     Json,
     Message,
-    Prompt,
     RoutedExperts,
     Sampling,
     Support,
@@ -264,8 +263,3 @@ def lay_out(path: Sequence[Turn], trained: Container[str], labels: Mapping[str, 
             versions += [VersionSpan(v.version, v.start + start, v.end + start) for v in turn.versions]
         spans.append(TurnSpan(turn, start, end, mine, labels[turn.turn_id]))
     return Tape(ids, mask, logprobs, tuple(versions), tuple(spans))
-
-
-def prompt_after(path: Sequence[Turn], bridge: TokenRun) -> Prompt:
-    """The exact extension of a path: every id that the engine saw or sampled, then the bridge."""
-    return Prompt((*(run for turn in path for run in (turn.prompt, turn.completion)), bridge))

@@ -1,64 +1,26 @@
 """A session's turns as a tree: find the recorded turn that a request continues, commit what it sampled.
 
-Requests are matched on meaning. Messages are the edges of a trie, keyed by digests that leave out what agents
-change without meaning it: the order of JSON keys, None for "", the numbering of tool calls, spaces around
-what the assistant said, reasoning that is not replayed, volatile text. Tools and template arguments are part
-of the prompt: the places of the trie hold apart, by such pairs, the turns that end there.
+Requests are matched on meaning: messages are the edges of a trie, under their keys (`conversation`). Tools
+and template arguments are part of the prompt: the places of the trie hold apart, by such pairs, the turns
+that end there.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Any, TypeAlias, cast
+from itertools import islice
+from typing import TypeAlias
 
-import msgspec
-
+from tokentape.conversation import Conversation, Digest, Known, MessageKey, frame_key, keys_of, know
 from tokentape.errors import InternalError
 from tokentape.labels import Labels, told
 from tokentape.outline import Outline
 from tokentape.tape import BranchReason, Label, Tape, Turn, lay_out
-from tokentape.types import Json, Message
-from tokentape.volatile import NOTHING, Volatile, without
+from tokentape.types import Message, Prompt
+from tokentape.volatile import NOTHING, Volatile
 
-Digest: TypeAlias = bytes
 _Edge: TypeAlias = tuple[Digest, int]
-
-
-@dataclass(frozen=True, slots=True)
-class MessageKey:
-    """One message's identity in its place.
-
-    `base` is its meaning without reasoning, `reasoning` a digest of that, None without. `ordinal` is the call
-    that a tool result answers: its index among the calls of the assistant message before, -1 for none. Of
-    calls that share an id (as where ids are dropped) it is the first without an answer. `message` and
-    `turn_id`, the turn that the request names as its origin, are no part of the identity.
-    """
-
-    base: Digest
-    ordinal: int
-    reasoning: Digest | None
-    message: Message = field(compare=False)
-    turn_id: str | None = field(default=None, compare=False)
-
-    @property
-    def by_assistant(self) -> bool:
-        """Whether the assistant said it."""
-        return self.message.role == "assistant"
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """A message with the digests that do not depend on its neighbours; made once per distinct message.
-
-    `volatile`: it has text that does not count. `turn_id` is the turn that said it, where that is known.
-    """
-
-    message: Message
-    base: Digest
-    reasoning: Digest | None
-    volatile: bool = False
-    turn_id: str | None = None
+_MAX_NEW = 64
+"""More commits since a walk are not looked through: it begins anew."""
 
 
 @dataclass(eq=False, slots=True)
@@ -81,7 +43,8 @@ class _Place:
 class _Node:
     """The session's turn number `index`, in frame number `frame`.
 
-    Its reply ends at `place`; `before` stands for what precedes it.
+    Its reply ends at `place`; `before` stands for what precedes it. `prompt` is what the engine was sent,
+    `whole` that and what it sampled.
     """
 
     turn: Turn
@@ -89,54 +52,38 @@ class _Node:
     frame: int
     place: _Place
     before: Outline
+    prompt: Prompt
+    whole: Prompt
     num_children: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """How far a conversation was followed from `start`, in frame number `frame`: to the turn `turn_id`.
+
+    Its first `num_matched` messages led to `places` when the tree had `num_turns` turns.
+    """
+
+    start: _Place
+    frame: int
+    places: "list[_Place]"
+    num_matched: int
+    turn_id: str | None
+    num_turns: int
 
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
     """Where a request joins the tree.
 
-    `path` are the turns from the root to the one that it continues; empty where there is none. The request's
-    first `num_matched` messages are recorded. `before` stands for the messages before the last turn's reply.
+    `turn` is the one that it continues, None where there is none. The request's first `num_matched` messages
+    are recorded. `before` stands for the messages before the turn's reply, `prompt` are all ids through it.
     """
 
-    path: tuple[Turn, ...]
+    turn: Turn | None
     num_matched: int
     before: Outline
-
-
-def know(message: Message, volatile: Volatile = NOTHING) -> Known:
-    """The digests of one message."""
-    content: str | list[str | int] = message.content or ""
-    pieces = volatile.pieces(message)
-    if pieces:
-        content = without(message.content or "", pieces)
-    elif message.role == "assistant":
-        content = (message.content or "").strip()
-    calls = [(call.name, _canonical(call.arguments)) for call in message.tool_calls]
-    reasoning = (message.reasoning or "").strip() if message.role == "assistant" else ""
-    base = _digest((message.role, content, calls, message.name))
-    return Known(message, base, _digest(reasoning) if reasoning else None, bool(pieces))
-
-
-def keys_of(known: Sequence[Known], *, after: Message | None = None) -> list[MessageKey]:
-    """The keys of consecutive messages; `after` is the assistant message before them, if there is one."""
-    keys: list[MessageKey] = []
-    waiting = _ids(after) if after is not None else []
-    for item in known:
-        message, ordinal = item.message, -1
-        if message.role == "assistant":
-            waiting = _ids(message)
-        elif message.role == "tool" and (message.tool_call_id or "") in waiting:
-            ordinal = waiting.index(message.tool_call_id or "")
-            waiting[ordinal] = None
-        keys.append(MessageKey(item.base, ordinal, item.reasoning, message, item.turn_id))
-    return keys
-
-
-def frame_key(tools: Sequence[Json], arguments: Mapping[str, Any]) -> tuple[Digest, Digest]:
-    """The identity of what is rendered around the messages: tools, template arguments."""
-    return _digest(_sorted(list(tools))), _digest(_sorted(dict(arguments)))
+    prompt: Prompt
 
 
 class Tree:
@@ -153,7 +100,8 @@ class Tree:
         self._frames: list[tuple[Digest, Digest]] = []
         self._openers: set[str] = set()  # the roles that speak first
         self._nodes: dict[str, _Node] = {}
-        self._labels = Labels()
+        self._labels = Labels()  # of as many turns as were needed: see `_labelled`
+        self._num_labelled = 0
 
     def __contains__(self, turn_id: str) -> bool:
         """Whether a turn of this id is committed."""
@@ -166,12 +114,13 @@ class Tree:
         """All turns in the order of their commits."""
         return (node.turn for node in self._nodes.values())
 
-    def attach(self, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]) -> Attachment:
+    def attach(self, frame: tuple[Digest, Digest], conversation: Conversation) -> Attachment:
         """The longest recorded prefix of a request that ends in a sampled turn."""
-        turn, num_matched = self._longest(frame, keys)
+        turn, num_matched = self._longest(frame, conversation)
         if turn is None:
-            return Attachment((), 0, Outline())
-        return Attachment(self.path(turn.turn_id), num_matched, self._nodes[turn.turn_id].before)
+            return Attachment(None, 0, Outline(), Prompt())
+        node = self._nodes[turn.turn_id]
+        return Attachment(turn, num_matched, node.before, node.whole)
 
     def branch_reason(
         self, parent_id: str | None, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]
@@ -214,7 +163,7 @@ class Tree:
         if turn.parent_id is None:
             frame = frame_key(turn.tools, turn.arguments)
             number, place = self._roots.get(frame, len(self._frames)), self._start
-            before, after = Outline(), None
+            before, after, whole = Outline(), None, Prompt()
         else:
             parent = self._nodes.get(turn.parent_id)
             if parent is None:
@@ -223,7 +172,7 @@ class Tree:
                 )
             if (turn.tools, turn.arguments) != (parent.turn.tools, parent.turn.arguments):
                 raise InternalError(f"turn {turn.turn_id}: its tools or arguments are not its parent's")
-            number, place, after = parent.frame, parent.place, parent.turn.reply
+            number, place, after, whole = parent.frame, parent.place, parent.turn.reply, parent.whole
             frame = self._frames[number]
             before = parent.before.followed_by([after], self._content_tests)
         before = before.followed_by(turn.messages, self._content_tests)
@@ -242,8 +191,9 @@ class Tree:
             if number == len(self._frames):
                 self._roots[frame] = number
                 self._frames.append(frame)
-        self._nodes[turn.turn_id] = _Node(turn, len(self._nodes), number, place, before)
-        self._labels.add(turn)
+        prompt = whole.followed_by(turn.prompt)
+        whole = prompt.followed_by(turn.completion)
+        self._nodes[turn.turn_id] = _Node(turn, len(self._nodes), number, place, before, prompt, whole)
 
     def know(self, message: Message) -> Known:
         """The digests of one message, as this tree matches it."""
@@ -253,6 +203,10 @@ class Tree:
         """The turn of this id, None where there is none."""
         node = self._nodes.get(turn_id)
         return node.turn if node is not None else None
+
+    def prompt(self, turn_id: str) -> Prompt:
+        """All ids that the engine was sent for this turn."""
+        return self._nodes[turn_id].prompt
 
     def path(self, turn_id: str) -> tuple[Turn, ...]:
         """The turns from the root to this one."""
@@ -265,7 +219,7 @@ class Tree:
 
     def labels(self) -> dict[str, Label]:
         """The label of every turn, by its id."""
-        return self._labels.of_turns()
+        return self._labelled().of_turns()
 
     def ends(self, labels: Mapping[str, Label]) -> list[str]:
         """The last turns of all branches, in the order of their commits; `labels` are those of this tree.
@@ -308,7 +262,7 @@ class Tree:
         """Whether system or user quote a reply that nothing follows; the first to speak is so elsewhere."""
         if not messages or messages[0].role not in self._openers:
             return False
-        return any(summary.num_ends for summary in self._labels.summaries.in_text(told(messages)))
+        return any(summary.num_ends for summary in self._labelled().summaries.in_text(told(messages)))
 
     def _nearest(self, number: int | None, keys: Sequence[MessageKey]) -> tuple[Digest, Digest] | None:
         """The other frame with the longest recorded prefix that ends in a turn; the earliest of equals."""
@@ -321,25 +275,51 @@ class Tree:
             nearest = min(here) if here else nearest
         return self._frames[nearest] if nearest is not None else None
 
-    def _longest(self, frame: tuple[Digest, Digest], keys: Sequence[MessageKey]) -> tuple[Turn | None, int]:
+    def _labelled(self) -> Labels:
+        """The labels of all turns. Nothing in a turn hangs on them: they are made when somebody asks."""
+        for node in islice(self._nodes.values(), self._num_labelled, None):
+            self._labels.add(node.turn)
+        self._num_labelled = len(self._nodes)
+        return self._labels
+
+    def _longest(self, frame: tuple[Digest, Digest], conversation: Conversation) -> tuple[Turn | None, int]:
         number = self._roots.get(frame)
-        found, num_matched = None, 0
         if number is None:
-            return found, num_matched
-        places = [self._start]
-        for num_keys, key in enumerate(keys, 1):
+            return None, 0
+        walk = self._walked(conversation, number) or _Walk(self._start, number, [self._start], 0, None, 0)
+        found = self.turn(walk.turn_id) if walk.turn_id is not None else None
+        num_matched, at = walk.num_matched, walk.places
+        places = at
+        for num_keys, key in enumerate(conversation.keys_from(num_matched), num_matched + 1):
             places = _follow(places, key)
             if not places:
                 break
             ended = [turn for place in places for turn in place.turns.get(number, ())]
             if ended:
-                found, num_matched = max(ended, key=lambda turn: self._preference(turn, key)), num_keys
+                found = max(ended, key=lambda turn: self._preference(turn, key))
+                num_matched, at = num_keys, places
+        turn_id = found.turn_id if found is not None else None
+        conversation.walk = _Walk(self._start, number, at, num_matched, turn_id, len(self._nodes))
         return found, num_matched
+
+    def _walked(self, conversation: Conversation, number: int) -> _Walk | None:
+        """How far the conversation, or one that it goes on from, was followed, where that still holds.
+
+        Turns committed since that continue the very turn that was found add nothing before its end.
+        """
+        walk: _Walk | None = conversation.walk
+        if walk is None or walk.start is not self._start or walk.frame != number:
+            return None
+        num_new = len(self._nodes) - walk.num_turns
+        if num_new > _MAX_NEW:
+            return None
+        new = islice(reversed(self._nodes.values()), num_new)
+        return walk if all(node.turn.parent_id == walk.turn_id for node in new) else None
 
     def _preference(self, turn: Turn, key: MessageKey) -> tuple[bool, bool, int]:
         """Of turns that say the same in one place: the named one, the one of these call ids, the latest."""
-        ids = _ids(turn.reply)
-        same_ids = bool(ids) and ids == _ids(key.message)
+        ids = [call.id for call in turn.reply.tool_calls]
+        same_ids = bool(ids) and ids == [call.id for call in key.message.tool_calls]
         return turn.turn_id == key.turn_id, same_ids, self._nodes[turn.turn_id].index
 
 
@@ -362,35 +342,3 @@ def _was_answered(place: _Place, number: int, keys: Sequence[MessageKey]) -> boo
     for key in keys:
         places = _follow(places, key)
     return any(number in at.answered for at in places)
-
-
-def _ids(message: Message) -> list[str | None]:
-    """The ids of the calls of an assistant message, to be crossed out as they are answered."""
-    return [call.id for call in message.tool_calls]
-
-
-def _digest(value: object) -> Digest:
-    return blake2b(msgspec.json.encode(value), digest_size=16).digest()
-
-
-def _canonical(arguments: str) -> str:
-    """JSON text in one form: keys sorted, 1.0 as 1 (as JavaScript writes it); other text as it is."""
-    try:
-        return json.dumps(_sorted(json.loads(arguments, parse_float=_number)), ensure_ascii=True)
-    except (ValueError, RecursionError):
-        return arguments
-
-
-def _number(text: str) -> float | int:
-    value = float(text)
-    return int(value) if value.is_integer() else value
-
-
-def _sorted(value: Any) -> Any:
-    """Plain JSON data with the keys of every object in order."""
-    if isinstance(value, dict):
-        object_ = cast("dict[str, Any]", value)
-        return {key: _sorted(object_[key]) for key in sorted(object_)}
-    if isinstance(value, list | tuple):
-        return [_sorted(item) for item in cast("Sequence[Any]", value)]
-    return value

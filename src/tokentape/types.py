@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -192,27 +192,49 @@ class TokenRun:
         return f"TokenRun({self.ids.tolist()})"
 
 
-@dataclass(frozen=True, slots=True)
 class Prompt:
-    """The ids of one engine call, as the runs they were recorded in; `len` is the number of tokens."""
+    """The ids of one engine call: those `before`, then a run. Immutable; `Prompt()` has none.
 
-    runs: tuple[TokenRun, ...] = ()
-    num_tokens: int = field(init=False)
+    Prompts that go on from each other share what they have in common. `num_tokens`, also its `len`, and
+    `max_id`, -1 where there is none, are kept, not counted again.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "num_tokens", sum(map(len, self.runs)))
+    __slots__ = ("before", "max_id", "num_tokens", "run")
+
+    def __init__(self, run: TokenRun | None = None, before: "Prompt | None" = None) -> None:
+        self.before = before
+        self.run = run
+        num_before, max_before = (0, -1) if before is None else (before.num_tokens, before.max_id)
+        self.num_tokens: int = num_before + (0 if run is None else len(run))
+        self.max_id: int = max_before if run is None else max(max_before, run.max_id)
+
+    def followed_by(self, run: TokenRun) -> "Prompt":
+        """The prompt that goes on with `run`."""
+        return Prompt(run, self)
 
     def __len__(self) -> int:
         return self.num_tokens
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prompt) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
     @property
-    def max_id(self) -> int:
-        """The largest id, -1 for an empty prompt."""
-        return max((run.max_id for run in self.runs), default=-1)
+    def runs(self) -> list[TokenRun]:
+        """The runs, the first one first."""
+        runs: list[TokenRun] = []
+        at: Prompt | None = self
+        while at is not None:
+            if at.run is not None:
+                runs.append(at.run)
+            at = at.before
+        return runs[::-1]
 
     def to_json(self) -> bytes:
         """The ids as a JSON list, joined from texts that were encoded once."""
-        return b"[" + b",".join(run.json for run in self.runs if len(run)) + b"]"
+        return b"[" + b",".join([run.json for run in self.runs if run.json]) + b"]"
 
     def to_list(self) -> list[int]:
         """The ids as Python ints: for tests and small prompts, never on the hot path."""
@@ -221,4 +243,4 @@ class Prompt:
     @classmethod
     def of(cls, ids: Sequence[int]) -> "Prompt":
         """A prompt of one run."""
-        return cls((TokenRun(ids),))
+        return cls(TokenRun(ids))

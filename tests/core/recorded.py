@@ -8,10 +8,11 @@ from typing import Any
 
 import msgspec
 
+from tokentape.conversation import Conversation, frame_key, know
 from tokentape.export.samples import samples, to_json_rows
 from tokentape.store import SessionRecord
 from tokentape.tape import Origin, Turn
-from tokentape.tree import Tree, frame_key, keys_of, know
+from tokentape.tree import Tree
 from tokentape.types import Json, Message, Sampling, TokenRun, ToolCall, VersionSpan
 
 TOOLS: tuple[Json, ...] = (
@@ -76,7 +77,7 @@ def turn(turn_id: str = "t", **changes: Any) -> Turn:
 def new_messages(messages: Sequence[Message], num_matched: int, parent: Turn | None) -> tuple[Message, ...]:
     """What a turn adds, as the gateway records it: results under the ids of the calls that were sampled."""
     out: list[Message] = []
-    keys = keys_of([know(message) for message in messages])
+    keys = Conversation.of([know(message) for message in messages]).keys_from(0)
     calls = parent.reply.tool_calls if parent is not None else ()
     for message, key in zip(messages[num_matched:], keys[num_matched:], strict=True):
         if message.role == "assistant":
@@ -93,17 +94,30 @@ class Recorder:
     tree: Tree = field(default_factory=lambda: Tree(()))
     ids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(100))
     names: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
+    sent: list[tuple[Sequence[Message], Conversation]] = field(default_factory=list)
 
     def plan(
         self, messages: Sequence[Message], tools: tuple[Json, ...] = (), arguments: Json | None = None
     ) -> tuple[Turn | None, int, str | None]:
         """The turn that a request continues, how many messages are recorded, why it starts a branch."""
         frame = frame_key(tools, arguments or {})
-        keys = keys_of([know(message) for message in messages])
-        found = self.tree.attach(frame, keys)
-        parent = found.path[-1] if found.path else None
-        parent_id = parent.turn_id if parent is not None else None
-        return parent, found.num_matched, self.tree.branch_reason(parent_id, frame, keys[found.num_matched :])
+        conversation = self.conversation(messages)
+        found = self.tree.attach(frame, conversation)
+        parent_id = found.turn.turn_id if found.turn is not None else None
+        reason = self.tree.branch_reason(parent_id, frame, conversation.keys_from(found.num_matched))
+        return found.turn, found.num_matched, reason
+
+    def conversation(self, messages: Sequence[Message]) -> Conversation:
+        """A request's messages, read as the gateway reads them: behind those of an earlier request."""
+        before = max(
+            (one for one in self.sent[-4:] if list(one[0]) == list(messages[: len(one[0])])),
+            key=lambda one: len(one[0]),
+            default=((), Conversation()),
+        )
+        new = [know(message) for message in messages[len(before[0]) :]]
+        conversation = before[1].followed_by(new) if new else before[1]
+        self.sent.append((tuple(messages), conversation))
+        return conversation
 
     def run(
         self,

@@ -12,7 +12,7 @@ from recorded import turn
 
 from tokentape.errors import InternalError
 from tokentape.labels import labels
-from tokentape.tape import Turn, lay_out, prompt_after
+from tokentape.tape import Turn, lay_out
 from tokentape.types import Prompt, TokenRun, VersionSpan
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=12)
@@ -72,12 +72,20 @@ def test_a_tape_is_its_turns_one_after_the_other(path: list[Turn], data: st.Data
     ]
 
 
+def prompt_after(path: list[Turn], bridge: TokenRun) -> Prompt:
+    prompt = Prompt()
+    for one in path:
+        prompt = prompt.followed_by(one.prompt).followed_by(one.completion)
+    return prompt.followed_by(bridge)
+
+
 @settings(deadline=None)
 @given(paths(), IDS)
 def test_a_prompt_extends_what_was_sent_and_sampled(path: list[Turn], bridge: list[int]) -> None:
     prompt = prompt_after(path, TokenRun(bridge))
     assert prompt.to_list() == [*lay_out(path, (), labels(path)).token_ids, *bridge]
     assert len(prompt) == len(prompt.to_list())
+    assert prompt.max_id == max(prompt.to_list(), default=-1)
     assert prompt.to_json() == b"[" + ",".join(map(str, prompt.to_list())).encode() + b"]"
     for index in range(len(path)):  # every earlier prompt, with what it sampled, is its beginning
         earlier = [*prompt_after(path[:index], path[index].prompt).to_list(), *path[index].completion.ids]

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import TOOLS, Recorder, call, result, said, turn, user
 
+from tokentape.conversation import Conversation, frame_key, keys_of, know
 from tokentape.errors import InternalError
 from tokentape.invariants import check_samples
 from tokentape.outline import STAND_IN, Outline
-from tokentape.tree import BranchReason, Tree, frame_key, keys_of, know
+from tokentape.tree import BranchReason, Tree
 from tokentape.types import Json, Message, ToolCall
 
 LOST = '{"q": "a'  # arguments that are not JSON: a model's malformed call, replayed as it is
@@ -495,7 +496,7 @@ def test_turns_without_a_token_are_turns() -> None:
 def test_an_empty_tree() -> None:
     tree = Tree(())
     assert (len(tree), tree.branches(), tree.tapes(), list(tree.turns())) == (0, [], [], [])
-    assert tree.attach(frame_key((), {}), []).path == ()
+    assert tree.attach(frame_key((), {}), Conversation()).turn is None
 
 
 def test_a_turn_holds_what_it_added() -> None:
@@ -545,7 +546,7 @@ def test_the_reply_of_a_turn_is_not_in_its_outline() -> None:
     recorder.run([U], said("a", reasoning="r"))
     recorder.run([U, A, result("x", None)], said("b"))
     found = recorder.tree.attach(
-        frame_key((), {}), keys_of([know(m) for m in (U, A, result("x", None), said("b"))])
+        frame_key((), {}), Conversation.of([know(m) for m in (U, A, result("x", None), said("b"))])
     )
     assert [m.role for m in found.before.messages] == ["user", "assistant", "tool"]
     assert found.before.messages[1].reasoning == STAND_IN  # what was recorded, not what was replayed
@@ -598,5 +599,5 @@ def test_of_equal_replies_the_named_one_goes_on() -> None:
     second = recorder.run([user("u")], said("a"))
     for named, taken in ((first.turn_id, first), (second.turn_id, second), (None, second), ("x", second)):
         history = [know(user("u")), replace(know(said("a")), turn_id=named), know(user("v"))]
-        attached = recorder.tree.attach(frame_key((), {}), keys_of(history))
-        assert attached.path[-1] is taken
+        attached = recorder.tree.attach(frame_key((), {}), Conversation.of(history))
+        assert attached.turn is taken

@@ -25,7 +25,7 @@ from tokentape.export.samples import samples, to_json_rows
 from tokentape.gateway.sessions import restore
 from tokentape.invariants import check_samples
 from tokentape.store import SQLiteStore
-from tokentape.tape import Origin, Turn, prompt_after
+from tokentape.tape import Origin, Turn
 from tokentape.tree import BranchReason
 from tokentape.types import Json, Message, Prompt, ToolCall, VersionSpan
 
@@ -168,10 +168,9 @@ class Agents(RuleBasedStateMachine):
             arguments=FRAMES[frame][1],
             origin=Origin("chat", turn_id, turn_id, label),
         )
-        path = self.recorder.tree.path(parent.turn_id) if parent else ()
-        self.prompts[made.turn_id] = prompt_after(path, made.prompt)
         self.do(self.store.put_turns("s", [made]))
         self.recorder.tree.commit(made)
+        self.prompts[made.turn_id] = self.recorder.tree.prompt(made.turn_id)
         before = expected.said if expected else ()
         self.conversations.append(Conversation(made, frame, (*before, *said[num_matched:], *meant([reply]))))
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import Recorder, call, result, said, user
 
+from tokentape.conversation import Conversation, know
 from tokentape.errors import ConfigError
-from tokentape.tree import Tree, keys_of, know
+from tokentape.tree import Tree
 from tokentape.types import Message
 from tokentape.volatile import NOTHING, RULES, Superseded, Volatile, without
 
@@ -187,8 +188,8 @@ def test_a_changing_header_does_not_break_the_line() -> None:
         return Message("system", f"{BILLING.replace('d49', suffix)}{flag}\n\nYou are an agent.")
 
     def attach(*messages: Message) -> int:
-        keys = keys_of([recorder.tree.know(m) for m in messages])
-        return recorder.tree.attach(next(iter(recorder.tree._roots)), keys).num_matched
+        conversation = Conversation.of([recorder.tree.know(m) for m in messages])
+        return recorder.tree.attach(next(iter(recorder.tree._roots)), conversation).num_matched
 
     recorder.run([system("d49"), user("u")], said(None, call()))
     history = [user("u"), said(None, call()), result("x")]

@@ -134,7 +134,9 @@ async def test_incremental_log_probabilities_that_look_cumulative(
 
 
 async def test_every_id_arrives_and_the_body_is_minimal(fake: FakeSGLang, engine: SGLangEngine) -> None:
-    prompt = Prompt((TokenRun([1, 2]), TokenRun([]), TokenRun([999]), TokenRun([0])))
+    prompt = Prompt.of([1, 2])
+    for ids in ([], [999], [0]):
+        prompt = prompt.followed_by(TokenRun(ids))
     await run(engine, GenerateRequest("abc", prompt, Sampling(max_tokens=3), stream=False))
     assert fake.requests[0].body == {
         "input_ids": [1, 2, 999, 0],

@@ -29,7 +29,8 @@ LAYERS: dict[str, set[str]] = {
     "volatile": CORE,
     "tape": {*CORE, "volatile"},
     "labels": {*CORE, "tape"},
-    "tree": {*CORE, "labels", "outline", "tape", "volatile"},
+    "conversation": {*CORE, "volatile"},
+    "tree": {*CORE, "conversation", "labels", "outline", "tape", "volatile"},
     "schema": {*CORE, "tape", "tree", "volatile"},
     "constrain": {*CORE, "formats", "parse"},
     "store": {*CORE, "tape", "schema"},
@@ -38,7 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
-        *TEXT, "constrain", "engines", "export", "formats", "gateway", "metrics", "model", "parse", "render",
+        *TEXT, "constrain", "conversation", "engines", "export", "formats", "gateway", "metrics", "model", "parse", "render",
         "schema", "store", "tape", "tree", "volatile", "",
     },
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
@@ -70,7 +71,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "rich": ("audit.show", "verify.show", "cli", "demo"),
     "click": ("cli",),
 }
-PURE = ("types", "errors", "outline", "tape", "labels", "volatile", "tree", "parse", "invariants")
+PURE = ("types", "errors", "outline", "tape", "labels", "volatile", "conversation", "tree", "parse", "invariants")
 IMPURE = {"asyncio", "aiohttp", "socket", "http", "sqlite3", "transformers", "torch"}
 
 

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from tokentape.engines.base import Engine, EngineInfo, GenerateRequest, GenerateResult, TokenChunk
 from tokentape.errors import EngineAborted, InternalError
-from tokentape.types import Prompt, RoutedExperts, Sampling, Support, TokenRun, VersionSpan
+from tokentape.types import RoutedExperts, Sampling, Support, TokenRun, VersionSpan
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class _Done:
         return dataclasses.replace(
             request,
             rid=rid,
-            prompt=Prompt((*request.prompt.runs, sampled)),
+            prompt=request.prompt.followed_by(sampled),
             sampling=replace(request.sampling, max_tokens=max_tokens - len(sampled)),
             experts_from=None if request.experts_from is None else at - 1,
         )

@@ -4,23 +4,23 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from tokentape.conversation import Conversation
 from tokentape.parse import SaidEvent
 from tokentape.render import Frame
 from tokentape.tape import Origin, Turn
-from tokentape.tree import Known
 from tokentape.types import Demand, Prompt, Sampling, Usage
 
 
 @dataclass(frozen=True, slots=True)
 class TurnRequest:
-    """What a wire asks for. `messages` are the whole conversation; `frame_key` is the identity of `frame`.
+    """What a wire asks for. `conversation` is the whole of it; `frame_key` is the identity of `frame`.
 
     `parse_calls` is False where the caller wants no tool calls, `single_call` where it wants one at most;
     `demand` is what the reply must be. `num_choices` turns are sampled from one prompt. `clamp`:
     `sampling.max_tokens` is an upper bound, and the context may end the turn before it.
     """
 
-    messages: Sequence[Known]
+    conversation: Conversation
     frame: Frame
     frame_key: tuple[bytes, bytes]
     sampling: Sampling

@@ -7,14 +7,16 @@ messages. Nothing is dropped in silence.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import msgspec
 from msgspec import Meta, Raw
 
+from tokentape.conversation import Conversation, Known
 from tokentape.errors import RequestError
+from tokentape.gateway.replays import Read
 from tokentape.gateway.sessions import Session
 from tokentape.render import Frame
 from tokentape.template import RESERVED
@@ -56,6 +58,12 @@ class Fields:
     values: Mapping[str, Any]
     raw: Mapping[str, Raw]
     ignored: tuple[str, ...]
+
+    def parts(self, without: Container[str]) -> Iterator[bytes]:
+        """The bytes of all fields but these, in one order: what a request asks for."""
+        return (
+            b"%s\0%s" % (name.encode(), self.raw[name]) for name in sorted(self.raw) if name not in without
+        )
 
 
 @dataclass(slots=True)
@@ -120,8 +128,8 @@ def read_fields(
 ) -> Fields:
     """Read a body; null means "not given" for every field.
 
-    `honoured`: field → the type that its JSON must have. `refused`: field → the value that asks for nothing,
-    and what to say where it has another.
+    `honoured`: field → the type that its JSON must have; `Raw` is left as it is. `refused`: field → the value
+    that asks for nothing, and what to say where it has another.
 
     Raises:
         RequestError: the body is not a JSON object, or a field cannot be served.
@@ -153,6 +161,8 @@ def read_field(name: str, raw: Raw, type_: Any) -> Any:
     Raises:
         RequestError: it is not of this type; `param` is `name`.
     """
+    if type_ is Raw:
+        return None if bytes(memoryview(raw)[:4]) == b"null" else raw
     try:
         return msgspec.json.decode(raw, type=type_ | None if type_ is not Any else Any)
     except msgspec.DecodeError as error:
@@ -301,19 +311,60 @@ def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((int(token_id), bias) for token_id, bias in biases.items()))
 
 
-# -- calls in the conversation
+# -- the conversation
 
 
-def check_calls(message: Message, call_ids: set[str], where: str, param: str) -> None:
-    """Add a message's calls to those before it; a tool's result must answer one of these.
+def read_messages(
+    raw: Raw | None,
+    session: Session,
+    head: tuple[str, Sequence[Known]],
+    decode: Callable[[Raw, str], Sequence[Known]],
+    *,
+    answers: str,
+) -> Read:
+    """The conversation in the field `messages`; what this session has seen before is not decoded again.
+
+    `head` names the wire, and has the messages before these. `decode` is asked for each item that is new,
+    with its place as `messages[3]`. `answers` is the key in which a result says which call it answers.
+
+    Raises:
+        RequestError: it cannot be served; `param` says where.
+    """
+
+    def read(items: Sequence[Raw], first: int, before: Conversation) -> list[Known]:
+        known: list[Known] = []
+        call_ids: set[str] = set()
+        for index, item in enumerate(items, first):
+            where = f"messages[{index}]"
+            for one in decode(item, where):
+                check_calls(one.message, call_ids, before, where, answers)
+                known.append(one)
+        return known
+
+    if raw is None:
+        raise RequestError("`messages` must have at least one message", param="messages")
+    try:
+        found = session.replays.read(raw, head, read)
+    except msgspec.DecodeError as error:
+        raise RequestError(f"`messages`: {error}", param="messages") from None
+    if not found.num_items:
+        raise RequestError("`messages` must have at least one message", param="messages")
+    return found
+
+
+def check_calls(message: Message, call_ids: set[str], before: Conversation, where: str, answers: str) -> None:
+    """Add a message's calls to those seen; a tool's result must answer one of these, or one `before`.
+
+    `answers` is the key at `where` that has the call's id.
 
     Raises:
         RequestError: it answers none.
     """
     call_ids.update(call.id for call in message.tool_calls)
-    if message.role == "tool" and message.tool_call_id not in call_ids:
+    call_id = message.tool_call_id
+    if message.role == "tool" and call_id not in call_ids and not before.has_call(call_id):
         raise RequestError(
-            f"{where}: no tool call before it has the id {message.tool_call_id!r}", param=param
+            f"{where}: no tool call before it has the id {call_id!r}", param=f"{where}.{answers}"
         )
 
 

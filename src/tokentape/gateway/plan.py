@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from tokentape.constrain import constrain
+from tokentape.conversation import Conversation, MessageKey
 from tokentape.engines.base import EngineInfo
 from tokentape.errors import ContextOverflow, LimitReached, RequestError
 from tokentape.formats import Format
@@ -15,8 +16,8 @@ from tokentape.gateway.exchange import TurnRequest
 from tokentape.gateway.sessions import Session
 from tokentape.parse import ThinkTags
 from tokentape.render import Ended, NotExtendable, Rendered, Renderer
-from tokentape.tape import Turn, prompt_after
-from tokentape.tree import Attachment, Known, MessageKey, keys_of
+from tokentape.tape import Turn
+from tokentape.tree import Attachment
 from tokentape.types import Message, Prompt, Sampling
 from tokentape.volatile import Superseded, Volatile
 
@@ -120,13 +121,13 @@ class Planner:
             raise RequestError("tools or tool-call arguments are nested too deep", param="messages") from None
 
     def _join(self, session: Session, request: TurnRequest) -> Plan:
-        keys = keys_of(request.messages)
-        attachment = session.tree.attach(request.frame_key, keys)
-        new = tuple(known.message for known in request.messages[attachment.num_matched :])
-        parent = attachment.path[-1] if attachment.path else None
+        attachment = session.tree.attach(request.frame_key, request.conversation)
+        keys = request.conversation.keys_from(attachment.num_matched)
+        new = tuple(key.message for key in keys)
+        parent, before = attachment.turn, attachment.prompt
         reason = None
         if parent is not None:
-            new = _with_recorded_ids(new, keys[attachment.num_matched :], parent)
+            new = _with_recorded_ids(new, keys, parent)
             # An ordinary token that stopped the engine (`stop_token_ids`) ends no turn of the template's.
             stop_id = parent.stop_id if parent.stop_id in self._end_ids else None
             ended = Ended(parent.reply, stop_id, parent.in_reasoning)
@@ -136,7 +137,8 @@ class Planner:
                     "session %s: new branch: %s (%s)", session.session_id, rendered.reason, rendered.detail
                 )
                 reason = rendered.reason.value
-                new, parent = (*_recorded(attachment), *new), None
+                new, parent = (*_recorded(session, parent), *new), None
+                keys, before = request.conversation.keys_from(0), Prompt()
                 rendered = self._renderer.render(request.frame, new)
         else:
             rendered = self._renderer.render(request.frame, new)
@@ -145,20 +147,23 @@ class Planner:
             parent=parent,
             reason=reason,
             new=new,
-            keys=keys[attachment.num_matched :] if parent is not None else keys,
+            keys=keys,
             rendered=rendered,
-            prompt=prompt_after(attachment.path if parent is not None else (), rendered.run),
+            prompt=before.followed_by(rendered.run),
             sampling=Sampling(),
             stop=(),
             reasoning_open=isinstance(tags, ThinkTags) and rendered.tail.rstrip().endswith(tags.open),
-            superseded=self._superseded(request.messages[: attachment.num_matched], attachment),
+            superseded=self._superseded(session, request.conversation, attachment),
         )
 
-    def _superseded(self, matched: Sequence[Known], attachment: Attachment) -> tuple[Superseded, ...]:
+    def _superseded(
+        self, session: Session, conversation: Conversation, attachment: Attachment
+    ) -> tuple[Superseded, ...]:
         """The volatile texts that the recorded prompt does not have as the request asks for them."""
-        if not any(known.volatile for known in matched):
+        if attachment.turn is None or not conversation.is_volatile:
             return ()
-        pairs = zip(_recorded(attachment), matched, strict=True)
+        matched = conversation.known(0, attachment.num_matched)
+        pairs = zip(_recorded(session, attachment.turn), matched, strict=True)
         return tuple(
             difference
             for recorded, known in pairs
@@ -204,9 +209,10 @@ def _merged(first: Sampling, second: Sampling) -> Sampling:
     return replace(first, **{f: value for f, value in given.items() if value not in (None, ())})
 
 
-def _recorded(attachment: Attachment) -> list[Message]:
-    """The matched messages as they were recorded: with the reasoning that the agent did not replay."""
-    return [message for turn in attachment.path for message in (*turn.messages, turn.reply)]
+def _recorded(session: Session, turn: Turn) -> list[Message]:
+    """The messages through a turn as they were recorded: with the reasoning that the agent did not replay."""
+    path = session.tree.path(turn.turn_id)
+    return [message for one in path for message in (*one.messages, one.reply)]
 
 
 def _with_recorded_ids(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Raw
 
+from tokentape.conversation import Known, frame_key
 from tokentape.errors import (
     ClientGone,
     LimitReached,
@@ -24,11 +25,12 @@ from tokentape.errors import (
     TokentapeError,
 )
 from tokentape.gateway.answers import Answers
+from tokentape.gateway.replays import Replays
 from tokentape.metrics import Metrics
 from tokentape.render import Frame
 from tokentape.store import Failure, SessionRecord, Store, StoredSession
 from tokentape.tape import Turn
-from tokentape.tree import Known, Tree, frame_key
+from tokentape.tree import Tree
 from tokentape.types import Json, Message, Sampling
 from tokentape.volatile import NOTHING, Volatile
 
@@ -75,7 +77,8 @@ class Credit(msgspec.Struct, forbid_unknown_fields=True):
 class Session:
     """One episode. Turns may run side by side; commits happen one at a time, under `commit_lock`.
 
-    `answers` are those of its requests. `ending` is why the session is about to take no more turns.
+    `answers` are those of its requests. `replays` are what they repeat. `ending` is why the session
+    is about to take no more turns.
     """
 
     record: SessionRecord
@@ -85,6 +88,7 @@ class Session:
     commit_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     answers: Answers = field(default_factory=Answers)
     ending: TokentapeError | None = None
+    replays: Replays = field(default_factory=Replays)
     _memo: Memo = field(default_factory=Memo)
 
     @property

@@ -33,9 +33,8 @@ from tokentape.metrics import Metrics
 from tokentape.parse import ArgumentsDelta, CallDelta, ParseEvent, Parser, ParseResult, SaidEvent
 from tokentape.render import Renderer
 from tokentape.store import Store
-from tokentape.tape import LogprobBasis, Turn, prompt_after
+from tokentape.tape import BranchReason, LogprobBasis, Turn
 from tokentape.tokenizer import TextStream
-from tokentape.tree import BranchReason
 from tokentape.types import Json, Message, Prompt, Sampling, TokenRun, Usage
 from tokentape.volatile import Volatile
 
@@ -205,8 +204,10 @@ class Turns:
         """
         dones: list[Done] = []
         for turn_id in turn_ids:
-            *before, turn = session.tree.path(turn_id)
-            prompt = prompt_after(before, turn.prompt)
+            turn = session.tree.turn(turn_id)
+            if turn is None:
+                raise InternalError(f"turn {turn_id} is not in session {session.session_id!r}")
+            prompt = session.tree.prompt(turn_id)
             dones.append(Done(turn, prompt, _usage(turn, prompt)))
         return dones
 

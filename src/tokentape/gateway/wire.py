@@ -1,7 +1,7 @@
 """What the wires share beside a request's fields (`gateway.fields`): its origin, parts of a reply."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -90,22 +90,26 @@ class Wire:
 
 
 def read_origin(
-    wire: str, request: AgentRequest, ignored: tuple[str, ...], noted: Json | None = None
+    wire: str,
+    headers: Mapping[str, str],
+    body: Iterable[bytes],
+    ignored: tuple[str, ...],
+    noted: Json | None = None,
 ) -> Origin:
-    """Who asks, and what. Two requests of one digest ask for the same, and are recorded alike.
+    """Who asks, and what: the parts of the `body`. Requests of one digest ask for the same.
 
     Raises:
         RequestError: the label cannot be used.
     """
-    label = request.headers.get("X-Tokentape-Label")
+    label = headers.get("X-Tokentape-Label")
     if label is not None and not LABEL.fullmatch(label):
         raise RequestError(
             "X-Tokentape-Label must be 1 to 64 letters, digits or _.:/- and start with a letter or digit",
             param="X-Tokentape-Label",
         )
-    key = request.headers.get("Idempotency-Key", "")
+    key = headers.get("Idempotency-Key", "")
     digest = blake2b(f"{wire}\0{key}\0{label or ''}\0".encode(errors="surrogateescape"), digest_size=16)
-    digest.update(request.body)
+    digest.update(b"\0".join(body))
     return Origin(wire, digest.hexdigest(), "", label, ignored, noted or {})
 
 

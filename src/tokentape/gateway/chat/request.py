@@ -15,19 +15,17 @@ from tokentape.gateway.fields import (
     Positive,
     Unheard,
     check_arguments,
-    check_calls,
     check_ignored,
     misread,
     read_demand,
     read_fields,
     read_frame,
+    read_messages,
     read_sampling,
     template_arguments,
     thinking_arguments,
 )
-from tokentape.gateway.sessions import Session
 from tokentape.gateway.wire import AgentRequest, Decoded, read_origin
-from tokentape.tree import Known
 from tokentape.types import Json, Message, Sampling, ToolCall
 
 
@@ -60,7 +58,7 @@ class _ResponseFormat(msgspec.Struct):
 
 # Honoured: field → the type that its JSON must have. null means "not given" for all of them.
 HONOURED: Mapping[str, Any] = {
-    "messages": list[Raw],
+    "messages": Raw,
     "model": str,
     "stream": bool,
     "stream_options": _StreamOptions,
@@ -184,14 +182,20 @@ def decode(request: AgentRequest) -> Decoded:
     num_top = values.get("top_logprobs", 0)
     if num_top and not values.get("logprobs"):
         raise RequestError("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
-    messages = _messages(values.get("messages"), session, unheard)
+    read = read_messages(
+        values.get("messages"),
+        session,
+        ("chat", ()),
+        lambda raw, where: session.known("chat", raw, lambda: [_message(raw, where, unheard)]),
+        answers="tool_call_id",
+    )
     ignored = tuple(sorted({*fields.ignored, *unused, *pointless, *unheard.names}))
     turn = TurnRequest(
-        messages=messages,
+        conversation=read.conversation,
         frame=frame,
         frame_key=frame_key,
         sampling=_sampling(values),
-        origin=read_origin("chat", request, ignored),
+        origin=read_origin("chat", request.headers, (*fields.parts({"messages"}), read.digest), ignored),
         stream=values.get("stream", False),
         parse_calls=parse_calls,
         single_call=bool(names) and not values.get("parallel_tool_calls", True),
@@ -236,19 +240,6 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
     if len(limits) > 1:
         raise RequestError("`max_tokens` and `max_completion_tokens` differ: send one", param="max_tokens")
     return read_sampling(values, max_tokens=next(iter(limits), None), stop=values.get("stop", ()))
-
-
-def _messages(raws: list[Raw] | None, session: Session, unheard: Unheard) -> list[Known]:
-    if not raws:
-        raise RequestError("`messages` must have at least one message", param="messages")
-    known: list[Known] = []
-    call_ids: set[str] = set()
-    for index, raw in enumerate(raws):
-        where = f"messages[{index}]"
-        [item] = session.known("chat", raw, lambda raw=raw, at=where: [_message(raw, at, unheard)])
-        check_calls(item.message, call_ids, where, f"{where}.tool_call_id")
-        known.append(item)
-    return known
 
 
 def _message(raw: Raw, where: str, unheard: Unheard) -> Message:

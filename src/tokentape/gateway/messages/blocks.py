@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import msgspec
 from msgspec import Raw
 
+from tokentape.conversation import Known
 from tokentape.errors import RequestError
-from tokentape.gateway.fields import Keys, Unheard, check_calls, misread, read_field
+from tokentape.gateway.fields import Keys, Unheard, misread, read_field, read_messages
+from tokentape.gateway.replays import Read
 from tokentape.gateway.sessions import Session
-from tokentape.tree import Known
 from tokentape.types import Json, Message, Role, ToolCall
 
 ERROR_PREFIX = "Error: "
@@ -96,26 +97,22 @@ def read_system(raw: Raw | None, session: Session, unheard: Unheard) -> tuple[Kn
     return session.known("messages/system", raw, decode)
 
 
-def read_messages(raws: Sequence[Raw] | None, session: Session, unheard: Unheard) -> list[Known]:
-    """The conversation; what this session has seen before, byte for byte, is not decoded again.
+def read_conversation(raw: Raw | None, session: Session, system: Sequence[Known], unheard: Unheard) -> Read:
+    """The conversation with the system's text; what this session has seen before is not decoded again.
 
     Raises:
         RequestError: it cannot be served; `param` says where.
     """
-    if not raws:
-        raise RequestError("`messages` must have at least one message", param="messages")
-    known: list[Known] = []
-    call_ids: set[str] = set()
-    for index, raw in enumerate(raws):
-        place = _Place(f"messages[{index}]", unheard)
-        for item in session.known("messages", raw, lambda raw=raw, at=place: [*_decode(raw, at, session)]):
-            check_calls(item.message, call_ids, place.name, f"{place.name}.content")
-            known.append(item)
-    if known[-1].message.role == "assistant":
+
+    def decode(raw: Raw, where: str) -> Sequence[Known]:
+        return session.known("messages", raw, lambda: [*_decode(raw, _Place(where, unheard), session)])
+
+    read = read_messages(raw, session, ("messages", system), decode, answers="content")
+    if read.conversation.known()[-1].message.role == "assistant":
         raise RequestError(
             "`messages` ends with an assistant message: prefill is not supported here", param="messages"
         )
-    return known
+    return read
 
 
 def read_cache_control(fields: Mapping[str, Raw]) -> Json:

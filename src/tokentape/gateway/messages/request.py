@@ -22,7 +22,7 @@ from tokentape.gateway.fields import (
     template_arguments,
     thinking_arguments,
 )
-from tokentape.gateway.messages.blocks import read_cache_control, read_messages, read_system
+from tokentape.gateway.messages.blocks import read_cache_control, read_conversation, read_system
 from tokentape.gateway.messages.reply import MessagesWriter
 from tokentape.gateway.messages.tools import read_tools
 from tokentape.gateway.wire import AgentRequest, Decoded, read_origin
@@ -58,7 +58,7 @@ class _ContextManagement(msgspec.Struct):
 
 # Honoured: field → the type that its JSON must have. null means "not given" for all of them.
 HONOURED: Mapping[str, Any] = {
-    "messages": list[Raw],
+    "messages": Raw,
     "model": str,
     "max_tokens": Positive,
     "system": str | list[Raw],
@@ -154,14 +154,20 @@ def _decode(request: AgentRequest) -> Decoded:
         values, max_tokens=values.get("max_tokens"), stop=values.get("stop_sequences", ())
     )
     system = read_system(fields.raw.get("system"), session, unheard)
-    messages = read_messages(values.get("messages"), session, unheard)
+    read = read_conversation(values.get("messages"), session, system, unheard)
     ignored = tuple(sorted({*fields.ignored, *without, *unheard.names}))
     turn = TurnRequest(
-        messages=[*system, *messages],
+        conversation=read.conversation,
         frame=frame,
         frame_key=frame_key,
         sampling=sampling,
-        origin=read_origin("messages", request, ignored, _noted(fields, request)),
+        origin=read_origin(
+            "messages",
+            request.headers,
+            (*fields.parts({"messages"}), read.digest),
+            ignored,
+            _noted(fields, request),
+        ),
         stream=values.get("stream", False),
         parse_calls=parse_calls,
         single_call=bool(frame.tools) and bool(choice.disable_parallel_tool_use),

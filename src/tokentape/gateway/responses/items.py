@@ -14,12 +14,12 @@ from typing import TypeVar
 import msgspec
 from msgspec import Raw
 
+from tokentape.conversation import Known
 from tokentape.errors import NotFound, RequestError
 from tokentape.gateway.fields import Keys, Unheard, check_arguments, misread
 from tokentape.gateway.responses.tools import joined_name, offered
 from tokentape.gateway.sessions import Session
 from tokentape.tape import Turn
-from tokentape.tree import Known
 from tokentape.types import Json, Message, Role, ToolCall
 
 _T = TypeVar("_T")

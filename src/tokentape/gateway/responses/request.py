@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Raw
 
+from tokentape.conversation import Conversation, Known
 from tokentape.errors import RequestError
 from tokentape.gateway.exchange import TurnRequest
 from tokentape.gateway.fields import (
@@ -31,7 +32,6 @@ from tokentape.gateway.responses.tools import Choice, Tools, read_choice, read_t
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.wire import AgentRequest, Decoded, read_origin
 from tokentape.tape import Turn
-from tokentape.tree import Known
 from tokentape.types import Json, Message
 
 
@@ -149,15 +149,14 @@ def decode(request: AgentRequest) -> Decoded:
     conversation = _conversation(fields, session, unheard)
     ignored = (*fields.ignored, *without, *sorted(unheard.names))
     noted = _noted(fields, tools)
-    parts = [b"%s\0%s" % (name.encode(), fields.raw[name]) for name in sorted(fields.raw.keys() - _VOLATILE)]
     turn = TurnRequest(
-        messages=conversation,
+        conversation=conversation,
         frame=frame,
         frame_key=frame_key,
         sampling=read_sampling(
             values, max_tokens=values.get("max_output_tokens"), stop=values.get("stop", ())
         ),
-        origin=read_origin("responses", dataclasses.replace(request, body=b"\0".join(parts)), ignored, noted),
+        origin=read_origin("responses", request.headers, fields.parts(_VOLATILE), ignored, noted),
         stream=values.get("stream", False),
         parse_calls=parse_calls,
         single_call=bool(tools.names) and not values.get("parallel_tool_calls", True),
@@ -220,7 +219,7 @@ def _noted(fields: Fields, tools: Tools) -> Json:
     return {name: value for name, value in noted.items() if value or name == "echo"}
 
 
-def _conversation(fields: Fields, session: Session, unheard: Unheard) -> list[Known]:
+def _conversation(fields: Fields, session: Session, unheard: Unheard) -> Conversation:
     """Instructions, what the previous response had before it and said, and the input."""
     values = fields.values
     known: list[Known] = []
@@ -234,11 +233,13 @@ def _conversation(fields: Fields, session: Session, unheard: Unheard) -> list[Kn
         known += _recorded(find_response(session, previous, "previous_response_id"), session)
     if not values.get("input"):
         raise RequestError("`input` must have at least one item", param="input")
-    call_ids = {call.id for item in known for call in item.message.tool_calls}
+    before = Conversation.of(known)
+    said: list[Known] = []
+    call_ids: set[str] = set()
     for place, item in read_input(fields.raw["input"], values["input"], session, unheard):
-        check_calls(item.message, call_ids, f"input[{place}]", f"input[{place}].call_id")
-        known.append(item)
-    return known
+        check_calls(item.message, call_ids, before, f"input[{place}]", "call_id")
+        said.append(item)
+    return before.followed_by(said)
 
 
 def _recorded(turn: Turn, session: Session) -> Sequence[Known]:
