@@ -26,6 +26,7 @@ from msgspec.structs import replace
 
 from tokentape.errors import ConfigError, TemplateRefused
 from tokentape.outline import STAND_IN, Outline
+from tokentape.probe import Probe, Prober, Stage
 from tokentape.template import PROBE_TOOL, ChatTemplate, one_moment
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json, Message, TokenRun, ToolCall
@@ -92,39 +93,6 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class _Probe:
-    """The stand-in renders: `prompt`, then the turn as `last`, and `followed` by the new messages.
-
-    The sentinels stand for the turn's pieces of text; None or empty where it has no such piece.
-    """
-
-    prompt: str
-    last: str
-    followed: str
-    reasoning: str | None
-    content: str | None
-    calls: tuple[str, ...]
-
-    @property
-    def sentinels(self) -> list[str]:
-        return [s for s in (self.reasoning, self.content, *self.calls) if s]
-
-    @property
-    def is_woven(self) -> bool:
-        """Whether new messages come between the turn's text and its calls."""
-        content, calls = self.content, self.calls
-        if not content or not calls or any(mark not in self.followed for mark in (content, *calls)):
-            return False
-        return self._between(self.last, content, calls) != self._between(self.followed, content, calls)
-
-    @staticmethod
-    def _between(text: str, content: str, calls: Sequence[str]) -> tuple[bool, str]:
-        """Whether the text comes first, and what stands between it and the next call."""
-        at, first, last = text.rfind(content), text.rfind(calls[0]), text.rfind(calls[-1])
-        return (True, text[at:first]) if at < first else (False, text[last:at])
-
-
-@dataclass(frozen=True, slots=True)
 class _Seam:
     """The bridge's text, and the text of the stop token right before it (None: there is none)."""
 
@@ -150,6 +118,7 @@ class Renderer:
         self._tool_name = f"{self._sentinel}t"
         function = {**PROBE_TOOL["function"], "name": self._tool_name}
         self._tools: tuple[Json, ...] = ({**PROBE_TOOL, "function": function},)
+        self._prober = Prober(template, self._sentinel, preserve=self._preserve)
         self._counts, self._text_end = self._look_at_rounds()
 
     @classmethod
@@ -212,9 +181,9 @@ class Renderer:
         names: Json = {"role": "assistant", "names": [call.name for call in ended.message.tool_calls]}
         plain = [names, *(self.template.to_json(m) for m in new)]
         [arguments], dicts, marking = mark_untrusted(self.tokenizer, [dict(frame.arguments)], plain)
-        before = [self.template.to_json(m) for m in outline.messages]
-        stand_in = Frame(self._tools if frame.tools else (), arguments)
-        seam = self._find_seam(stand_in, before, ended, dicts)
+        tools = self._tools if frame.tools else ()
+        stage = Stage.of(self.template, outline.messages, tools, arguments)
+        seam = self._find_seam(stage, ended, dicts)
         if isinstance(seam, _Seam) and (self._tool_name in seam.bridge or STAND_IN in seam.bridge):
             # Mistral repeats tools and the system's text with each user: the real ones, then.
             context = [dict(frame.arguments), *frame.tools]
@@ -222,7 +191,7 @@ class Renderer:
             plain = [*before, *plain]
             [arguments, *tools], dicts, marking = mark_untrusted(self.tokenizer, context, plain)
             before, dicts = dicts[: len(before)], dicts[len(before) :]
-            seam = self._find_seam(Frame(tuple(tools), arguments), before, ended, dicts)
+            seam = self._find_seam(Stage(before, tools, arguments), ended, dicts)
         if isinstance(seam, NotExtendable):
             return seam
         if STAND_IN in seam.bridge and not any(STAND_IN in (m.content or "") for m in new):
@@ -233,90 +202,29 @@ class Renderer:
         """The outline of a conversation that goes on with `new`."""
         return outline.followed_by(new, self.template.content_tests)
 
-    def _find_seam(
-        self, frame: Frame, before: Sequence[Json], ended: Ended, marked: Sequence[Json]
-    ) -> _Seam | NotExtendable:
+    def _find_seam(self, stage: Stage, ended: Ended, marked: Sequence[Json]) -> _Seam | NotExtendable:
         """The bridge's text, or why there is none. `marked` are the calls' names, then the new messages."""
         names, *new = marked
         named = zip(ended.message.tool_calls, names["names"], strict=True)
         calls = tuple(ToolCall(id=call.id, name=name, arguments=call.arguments) for call, name in named)
         try:
-            probe = self._probe(frame, before, replace(ended.message, tool_calls=calls), new)
+            probe = self._prober.probe(stage, replace(ended.message, tool_calls=calls), new)
             if self._preserve:
                 return self._seam(ended, probe)
-            seam = self._rewrite(frame, before, ended, probe) or self._seam(ended, probe)
+            seam = self._rewrite(stage, ended, probe) or self._seam(ended, probe)
             if isinstance(seam, _Seam):
-                return self._misread(frame, before, ended.message, new, seam) or seam
+                return self._misread(stage, ended.message, new, seam) or seam
         except TemplateRefused as error:
             return NotExtendable(Rewrite.REFUSED, str(error))
         return seam
 
-    def _probe(self, frame: Frame, before: Sequence[Json], message: Message, new: Sequence[Json]) -> _Probe:
-        """Render the stand-in conversation, with a plainer turn where the template cannot show this one.
-
-        Llama's template raises on parallel calls: what follows a turn with one call follows a turn with
-        several. gpt-oss's raises on a thought, a text and a call: the text is left out. Gemma 4's writes a
-        turn's text behind the results of its calls: what follows the calls alone follows them. SmolLM2's
-        shows no calls at all: to keep such a turn, ask what follows a text.
-        """
-        calls = message.tool_calls
-        try:
-            probe = self._render_probe(frame, before, message, calls, new)
-        except TemplateRefused:
-            if len(calls) > 1:
-                calls = calls[:1]
-            elif calls and message.content and message.reasoning:
-                message = replace(message, content=None)
-            else:
-                raise
-            probe = self._render_probe(frame, before, message, calls, new)
-        if self._preserve and probe.is_woven:
-            probe = self._render_probe(frame, before, replace(message, content=None), calls, new)
-        if self._preserve and not any(mark in probe.followed for mark in probe.sentinels):
-            plain = Message(role="assistant", content="x", reasoning=message.reasoning)
-            return self._render_probe(frame, before, plain, (), new)
-        return probe
-
-    def _render_probe(
-        self,
-        frame: Frame,
-        before: Sequence[Json],
-        message: Message,
-        calls: tuple[ToolCall, ...],
-        new: Sequence[Json],
-    ) -> _Probe:
-        sentinel = self._sentinel
-        reasoning = f"{sentinel}r" if message.reasoning else None
-        content = f"{sentinel}c" if message.content or not (reasoning or calls) else None
-        call_sentinels = tuple(f"{sentinel}a{i}z" for i in range(len(calls)))
-        turn = self.template.to_json(
-            Message(
-                role="assistant",
-                content=content or message.content,
-                reasoning=reasoning or message.reasoning,
-                tool_calls=tuple(
-                    ToolCall(id=call.id, name=call.name, arguments=json.dumps({"a": mark}))
-                    for call, mark in zip(calls, call_sentinels, strict=True)
-                ),
-            )
-        )
-        render, tools = self.template.render, frame.tools
-        return _Probe(
-            prompt=render(before, tools, frame.arguments, add_generation_prompt=True),
-            last=render([*before, turn], tools, frame.arguments, add_generation_prompt=False),
-            followed=render([*before, turn, *new], tools, frame.arguments, add_generation_prompt=True),
-            reasoning=reasoning,
-            content=content,
-            calls=call_sentinels,
-        )
-
-    def _rewrite(
-        self, frame: Frame, before: Sequence[Json], ended: Ended, probe: _Probe
-    ) -> NotExtendable | None:
+    def _rewrite(self, stage: Stage, ended: Ended, probe: Probe) -> NotExtendable | None:
         """What the template would change of what the model saw and sampled; None where nothing."""
         followed, prompt = probe.followed, probe.prompt
         if not followed.startswith(prompt):
-            closed = self.template.render(before, frame.tools, frame.arguments, add_generation_prompt=False)
+            closed = self.template.render(
+                stage.before, stage.tools, stage.arguments, add_generation_prompt=False
+            )
             if followed.startswith(closed):
                 return NotExtendable(
                     Rewrite.GENERATION_PROMPT, "the turn no longer starts as its prompt ended"
@@ -347,7 +255,7 @@ class Renderer:
                 )
         return None
 
-    def _seam(self, ended: Ended, probe: _Probe) -> _Seam | NotExtendable:
+    def _seam(self, ended: Ended, probe: Probe) -> _Seam | NotExtendable:
         """Where the sampled text ends in `followed`, and with it the bridge."""
         if ended.in_reasoning and ended.stop_id is None:
             return self._thought_seam(probe)
@@ -387,7 +295,7 @@ class Renderer:
         at = (closing.index(end) for end in known if end and closing.count(end) == 1)
         return _Seam(tail[next(at, ends[-1]) :], None)
 
-    def _thought_seam(self, probe: _Probe) -> _Seam | NotExtendable:
+    def _thought_seam(self, probe: Probe) -> _Seam | NotExtendable:
         """The bridge after a thought that was cut: the template closes the thought, then the turn."""
         thought, content, last, followed = probe.reasoning, probe.content, probe.last, probe.followed
         if thought and thought in followed:
@@ -430,7 +338,7 @@ class Renderer:
         return text[:end]
 
     def _misread(
-        self, frame: Frame, before: Sequence[Json], message: Message, new: Sequence[Json], seam: _Seam
+        self, stage: Stage, message: Message, new: Sequence[Json], seam: _Seam
     ) -> NotExtendable | None:
         """What the template makes of a turn that it may take for something else, rendered as it is.
 
@@ -442,10 +350,9 @@ class Renderer:
             return None
         calls = tuple(ToolCall(id=call.id, name=call.name, arguments="{}") for call in message.tool_calls)
         turn = self.template.to_json(replace(message, tool_calls=calls))
-        prompt = self.template.render(before, frame.tools, frame.arguments, add_generation_prompt=True)
-        whole = self.template.render(
-            [*before, turn, *new], frame.tools, frame.arguments, add_generation_prompt=True
-        )
+        render, tools, arguments = self.template.render, stage.tools, stage.arguments
+        prompt = render(stage.before, tools, arguments, add_generation_prompt=True)
+        whole = render([*stage.before, turn, *new], tools, arguments, add_generation_prompt=True)
         if not whole.startswith(prompt):
             return NotExtendable(Rewrite.GENERATION_PROMPT, "the turn no longer starts as its prompt ended")
         end = (seam.stop or "") + seam.bridge

@@ -22,7 +22,8 @@ LAYERS: dict[str, set[str]] = {
     "template": CORE,
     "outline": CORE,
     "untrusted": {*CORE, "tokenizer"},
-    "render": TEXT,
+    "probe": {*CORE, "template"},
+    "render": {*TEXT, "probe"},
     "formats": {*CORE, "parse", "template"},
     "formatfile": {*CORE, "formats", "parse"},
     "audit": {*TEXT, "audit", "formatfile", "formats", "model", "parse", "render"},
@@ -39,8 +40,8 @@ LAYERS: dict[str, set[str]] = {
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
-        *TEXT, "constrain", "conversation", "engines", "export", "formats", "gateway", "metrics", "model", "parse", "render",
-        "schema", "store", "tape", "tree", "volatile", "",
+        *TEXT, "constrain", "conversation", "engines", "export", "formats", "gateway", "metrics", "model", "parse",
+        "render", "schema", "store", "tape", "tree", "volatile", "",
     },
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
@@ -71,7 +72,18 @@ ONLY: dict[str, tuple[str, ...]] = {
     "rich": ("audit.show", "verify.show", "cli", "demo"),
     "click": ("cli",),
 }
-PURE = ("types", "errors", "outline", "tape", "labels", "volatile", "conversation", "tree", "parse", "invariants")
+PURE = (
+    "types",
+    "errors",
+    "outline",
+    "tape",
+    "labels",
+    "volatile",
+    "conversation",
+    "tree",
+    "parse",
+    "invariants",
+)
 IMPURE = {"asyncio", "aiohttp", "socket", "http", "sqlite3", "transformers", "torch"}
 
 

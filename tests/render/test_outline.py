@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from render_strategies import conversations
 
 from tokentape.errors import TemplateRefused
 from tokentape.outline import Outline
+from tokentape.probe import Prober, Stage
 from tokentape.render import Ended, Frame, NotExtendable, Rendered, Renderer
 from tokentape.template import ChatTemplate
 from tokentape.types import Json, Message, ToolCall
@@ -169,5 +171,46 @@ def test_cost_does_not_grow_with_history(tiny: Renderer) -> None:
         assert isinstance(answer, Rendered)
         costs.add((template.num_calls, template.num_chars))
         outline = renderer.outline(outline, [reply, *new])
-    assert len(costs) <= 3  # the first two turns have a shorter outline
-    assert max(costs) < (4, 8000)
+    assert len(costs) <= 6  # the first turns have a shorter outline, and what they ask first is kept
+    assert max(costs) < (8, 16000)
+    assert min(costs)[0] == 1  # what follows is all that is rendered anew
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        "{{ m.tool_call_id }}",
+        "{{ m.tool_call_id[:3] }}",
+        "{{ m.tool_call_id|length }}",
+        "{{ m|tojson }}",
+        "{{ [m.tool_call_id]|join }}",
+        "{% if m.tool_call_id == messages[0].content %}x{% endif %}",
+    ],
+)
+def test_what_looks_at_ids_is_rendered_anew(tiny: Renderer, look: str) -> None:
+    """Two turns that differ by the ids of their calls alone; a template that shows them, in any way."""
+    body = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}LOOK<|im_end|>{% endfor %}"
+    shy = body.replace(
+        "LOOK", "{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments|tojson }}{% endif %}"
+    )
+    shown = shy.replace("{{ m.role }}", "{{ m.role }}{% if m.role == 'tool' %}" + look + "{% endif %}")
+    num_calls: list[int] = []
+    for source in (shy, shown):
+        template = CountingTemplate(source, {})
+        prober = Prober(template, "ttsentinel", preserve=False)
+        for number in (1, 22, 333):
+            template.num_calls = 0
+            call = ToolCall(f"c{number}", "f", "{}")
+            before = [
+                Message("user", "c22"),
+                says("x", None, [call]),
+                Message("tool", "r", None, (), call.id),
+            ]
+            stage = Stage.of(template, before, (), {})
+            turn, new = says("y", None, [call]), [template.to_json(Message("tool", "s", None, (), call.id))]
+            probe = prober.probe(stage, turn, new)
+            plain = Prober(template, "ttsentinel", preserve=False)
+            assert probe == plain.probe(replace(stage, key=None), turn, new)
+            num_calls.append(template.num_calls - 3)
+    assert num_calls[:3] == [5, 1, 1]  # the negative control: nobody looks, and two are kept
+    assert num_calls[4:] == [3, 3]
