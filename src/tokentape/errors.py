@@ -10,6 +10,7 @@
     │   ├── SessionClosed                409      no      the session is finished or sealed
     │   ├── SessionExists                409      no      a session of that id is there already
     │   ├── NotPaused                    409      no      weights cannot be named while they sample
+    │   ├── WorkerNeeded                 409      no      the last worker cannot be taken away
     │   ├── LimitReached                 400      no      the session has used up its turns or tokens
     │   └── TooLarge                     413      no      the body exceeds the limit
     ├── EngineError                      502      no      the engine did not do what was asked
@@ -102,6 +103,12 @@ class SessionExists(RequestError):
 
 class NotPaused(RequestError):
     """Weights cannot be given a name while they sample: nobody would know which token is whose."""
+
+    status = 409
+
+
+class WorkerNeeded(RequestError):
+    """The last worker cannot be taken away: nobody would be left to sample."""
 
     status = 409
 

@@ -1,6 +1,11 @@
 """Counters and histograms of one gateway, in a registry of its own: no globals."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 _TOKENS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
@@ -39,6 +44,65 @@ class Metrics:
             "tokentape_prompt_length", "Prompt tokens of a turn", buckets=_TOKENS, registry=self.registry
         )
 
+    def watch_workers(
+        self, rows: Callable[[], Sequence["WorkerRow"]], moved: Callable[[], Mapping[str, int]]
+    ) -> None:
+        """Report what a pool of engines knows of its workers, whenever somebody asks."""
+        self.registry.register(_Workers(rows, moved))
+
     def to_text(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """One engine: generations by `outcomes`, "ok" or the kind of the error; tokens of prompts, and cached."""
+
+    url: str
+    state: str
+    num_running: int
+    num_ejections: int
+    outcomes: Mapping[str, int]
+    num_prompt: int
+    num_cached: int
+
+
+class _Workers(Collector):
+    """The pool's own counts: nothing is counted twice on the way."""
+
+    def __init__(
+        self, rows: Callable[[], Sequence[WorkerRow]], moved: Callable[[], Mapping[str, int]]
+    ) -> None:
+        self._rows = rows
+        self._moved = moved
+
+    def collect(self) -> Iterator[Metric]:
+        rows = self._rows()
+        running = GaugeMetricFamily("tokentape_worker_running", "Generations under way", labels=["worker"])
+        for row in rows:
+            running.add_metric([row.url], row.num_running)
+        yield running
+        for name, text, counts in (
+            ("ejections", "Times taken out of use", [row.num_ejections for row in rows]),
+            ("prompt_tokens", "Prompt tokens of ended generations", [row.num_prompt for row in rows]),
+            ("cached_tokens", "Of these, cached by the worker", [row.num_cached for row in rows]),
+        ):
+            counter = CounterMetricFamily(f"tokentape_worker_{name}", text, labels=["worker"])
+            for row, count in zip(rows, counts, strict=True):
+                counter.add_metric([row.url], count)
+            yield counter
+        up = GaugeMetricFamily("tokentape_worker_state", "1 for the state", labels=["worker", "state"])
+        ended = CounterMetricFamily(
+            "tokentape_worker_generations", "Ended generations", labels=["worker", "outcome"]
+        )
+        for row in rows:
+            up.add_metric([row.url, row.state], 1)
+            for outcome, count in row.outcomes.items():
+                ended.add_metric([row.url, outcome], count)
+        moved = CounterMetricFamily(
+            "tokentape_generations_moved", "Generations that went on at another worker", labels=["kind"]
+        )
+        for kind, count in self._moved().items():
+            moved.add_metric([kind], count)
+        yield from (up, ended, moved)

@@ -40,8 +40,8 @@ LAYERS: dict[str, set[str]] = {
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
-        *TEXT, "constrain", "conversation", "engines", "export", "formats", "gateway", "metrics", "model", "parse",
-        "render", "schema", "store", "tape", "tree", "volatile", "",
+        *TEXT, "constrain", "conversation", "engines", "export", "formats", "gateway", "metrics", "model",
+        "parse", "render", "schema", "store", "tape", "tree", "volatile", "",
     },
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {

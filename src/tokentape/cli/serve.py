@@ -18,6 +18,7 @@ from tokentape.cli.options import (
     template_argument,
     until_stopped,
 )
+from tokentape.engines.pool import PoolConfig
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError
 from tokentape.formatfile import read_formats
@@ -31,7 +32,26 @@ from tokentape.volatile import RULES as VOLATILE
 @click.command()
 @click.option("--model", required=True, help="Model directory or hub id: tokenizer and chat template.")
 @click.option(
-    "--engine", "engines", required=True, multiple=True, metavar="URL", help="URL of the SGLang server."
+    "--engine",
+    "engines",
+    required=True,
+    multiple=True,
+    metavar="URL",
+    help="URL of an SGLang server, or of a router; repeat it for several.",
+)
+@click.option(
+    "--engine-retries",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="How often a generation that fails before its first token is asked of another --engine.",
+)
+@click.option(
+    "--health-interval",
+    type=SECONDS,
+    default=5.0,
+    show_default=True,
+    help="Seconds between two looks at an engine.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -120,6 +140,8 @@ from tokentape.volatile import RULES as VOLATILE
 def serve(
     model: str,
     engines: Sequence[str],
+    engine_retries: int,
+    health_interval: float,
     host: str,
     port: int,
     store: Path,
@@ -154,8 +176,6 @@ def serve(
     log_to_stderr(log_level)
     if api_key is not None and not api_key.strip():
         raise ConfigError("--api-key is empty: leave it out, or give a key (is its variable set?)")
-    if len(engines) > 1:
-        raise ConfigError("several --engine URLs are not supported yet: give one, for example a router's")
     if "none" in volatile and len(volatile) > 1:
         raise ConfigError("--volatile none goes with no other --volatile")
     config = ServiceConfig(
@@ -169,6 +189,7 @@ def serve(
             max_connections=max_connections,
             api_key=engine_api_key,
         ),
+        pool=PoolConfig(more=tuple(engines[1:]), retries=engine_retries, health_interval_s=health_interval),
         store=store,
         host=host,
         port=port,

@@ -18,7 +18,7 @@ class GenerateRequest:
     defaults (SGLang's is 128). With `stream` the tokens are yielded as they are sampled, else at once. With
     `num_top_logprobs` every sampled token comes with that many of the engine's likeliest. The result has
     `support` where it is asked for, and the `routed_experts` of all tokens but the last from place
-    `experts_from` on.
+    `experts_from` on. `session` is what a pool of engines keeps on one of them, for its prefix cache.
     """
 
     rid: str
@@ -28,6 +28,7 @@ class GenerateRequest:
     num_top_logprobs: int = 0
     capture_support: bool = False
     experts_from: int | None = None
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,14 @@ class TokenChunk:
 
     `top` [n][1 to k] pairs (id, log-probability in nats), best first: the k = `num_top_logprobs` likeliest at
     each token's place, less those that were impossible there (a constraint allows no others). The sampled
-    token is among them only if it is one of the likeliest. None when not asked for.
+    token is among them only if it is one of the likeliest. None when not asked for. `version` names the
+    weights that sampled all tokens so far, None where that is not certain.
     """
 
     ids: list[int]
     logprobs: list[float]
     top: list[list[tuple[int, float]]] | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

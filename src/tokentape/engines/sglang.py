@@ -85,6 +85,7 @@ class SGLangEngine:
         # Not the connector's own limit: aborts and questions must pass when generations fill it.
         self._slots = asyncio.Semaphore(config.max_connections)
         self._running: set[str] = set()
+        self._streams: set[aiohttp.ClientResponse] = set()
         self._aborts: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -109,12 +110,13 @@ class SGLangEngine:
         await patience.slot(self._slots)
         self._running.add(rid)
         try:
-            response, whole = await patience.wait(self._ask(body, stream=request.stream), 0)
+            response, whole = await patience.wait(self._ask(body, request), 0)
             if response.status != 200:
                 completion.settled = True
                 raise completion.refused(response.status, error_message(whole))
             if request.stream:
                 _check_is_stream(response)
+                self._streams.add(response)
                 decoder = SSEDecoder()
                 while not completion.done:
                     data = await patience.wait(response.content.readany(), completion.num_tokens)
@@ -139,6 +141,7 @@ class SGLangEngine:
             raise lost(f"connection to {self._url} lost: {_name(error)}", completion.num_tokens) from error
         finally:
             if response is not None:
+                self._streams.discard(response)
                 response.close()  # gives a connection read to its end back to the pool, closes any other
             self._slots.release()
             self._running.discard(rid)
@@ -214,6 +217,26 @@ class SGLangEngine:
             server = await self._get("/get_server_info", sglang_info.ServerInfo)
         return server.dtype if server is not None and server.dtype not in (None, "auto") else None
 
+    async def ill(self, timeout_s: float) -> str | None:
+        """What is wrong with the server, None where it answers `/health` in time. Nothing is generated."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with self._session().get(self._url + "/health", allow_redirects=False) as response:
+                    await response.read()
+        except TimeoutError:
+            return f"no answer to /health within {timeout_s:g} s"
+        except (aiohttp.ClientError, OSError) as error:
+            return _name(error)
+        return None if response.status in (200, 404) else f"/health answered {response.status}"
+
+    async def drop(self) -> None:
+        """Close all connections: what runs fails as lost, and is not waited for. The client stays usable."""
+        client, self._client = self._client, None
+        for response in tuple(self._streams):
+            response.close()
+        if client is not None:
+            await client.close()
+
     async def aclose(self) -> None:
         """Abort the generations under way, wait for aborts already sent, close the connections."""
         if self._closed:
@@ -244,10 +267,12 @@ class SGLangEngine:
             )
         return self._client
 
-    async def _ask(self, body: bytes, *, stream: bool) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _ask(self, body: bytes, request: GenerateRequest) -> tuple[aiohttp.ClientResponse, bytes]:
         """The answer to `/generate` and its body; b"" of a stream that begins well."""
-        response = await self._post("/generate", body)
-        if stream and response.status == 200:
+        # (source) sglang-router keeps what has one routing key on one worker.
+        headers = {"X-SMG-Routing-Key": request.session} if request.session else None
+        response = await self._post("/generate", body, headers)
+        if request.stream and response.status == 200:
             return response, b""
         try:
             return response, await response.read()
@@ -255,11 +280,13 @@ class SGLangEngine:
             response.close()
             raise
 
-    async def _post(self, path: str, body: bytes) -> aiohttp.ClientResponse:
+    async def _post(
+        self, path: str, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> aiohttp.ClientResponse:
         if self._closed and path != "/abort_request":
             raise errors.InternalError("generate() was called on a closed engine client")
         data = body if len(body) <= _LARGE_BODY else io.BytesIO(body)
-        return await self._session().post(self._url + path, data=data, allow_redirects=False)
+        return await self._session().post(self._url + path, data=data, headers=headers, allow_redirects=False)
 
     def _abort_soon(self, rid: str) -> None:
         task = asyncio.get_running_loop().create_task(self._abort(rid))

@@ -331,7 +331,7 @@ class Completion:
             return None
         self.ids += new
         self.logprobs += new_logprobs
-        return TokenChunk(new, new_logprobs, top)
+        return TokenChunk(new, new_logprobs, top, self._version or None)
 
     def _new_logprobs(self, text: bytes, new: list[int]) -> list[float]:
         """The log-probabilities of the tokens `new`, checked; `text` is the event's JSON list of triples."""

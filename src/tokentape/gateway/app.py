@@ -18,7 +18,7 @@ from tokentape.errors import (
     Unauthorized,
 )
 from tokentape.export.samples import samples, to_arrow_stream, to_json_rows
-from tokentape.gateway import control
+from tokentape.gateway import control, workers
 from tokentape.gateway.agents import (
     ROUTES,
     Asked,
@@ -55,6 +55,9 @@ def make_app(gateway: Gateway) -> web.Application:
             web.post("/weights", routes.announce),
             web.post("/pause", routes.pause),
             web.post("/resume", routes.resume),
+            web.get("/workers", routes.workers),
+            web.post("/workers", routes.add_worker),
+            web.delete("/workers", routes.remove_worker),
             web.get("/healthz", routes.healthz),
             web.get("/readyz", routes.readyz),
             web.get("/metrics", routes.metrics),
@@ -241,6 +244,21 @@ class _Routes:
     async def resume(self, request: web.Request) -> web.Response:
         del request
         return _json(self._gateway.weights.resume())
+
+    async def workers(self, request: web.Request) -> web.Response:
+        del request
+        return _json(await workers.list_workers(self._gateway.pool))
+
+    async def add_worker(self, request: web.Request) -> web.Response:
+        body = control.read_body(await request.read(), workers.WorkerAt)
+        await workers.known(self._gateway.pool).add(body.url)
+        return _json(await workers.list_workers(self._gateway.pool))
+
+    async def remove_worker(self, request: web.Request) -> web.Response:
+        body = control.read_body(await request.read(), workers.WorkerGone)
+        url = body.url or request.query.get("url", "")
+        await workers.known(self._gateway.pool).remove(url, abort=body.abort)
+        return _json(await workers.list_workers(self._gateway.pool))
 
     async def metrics(self, request: web.Request) -> web.Response:
         del request

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokentape.engines.base import Engine, EngineInfo
+from tokentape.engines.pool import EnginePool, PoolConfig
 from tokentape.engines.resume import ResumingEngine
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import ConfigError, TokentapeError
@@ -19,7 +21,7 @@ from tokentape.gateway.sessions import Session, Sessions
 from tokentape.gateway.turn import Capture, Turns
 from tokentape.gateway.weights import Weights
 from tokentape.gateway.wire import WireConfig
-from tokentape.metrics import Metrics
+from tokentape.metrics import Metrics, WorkerRow
 from tokentape.model import model_directory, model_sizes
 from tokentape.render import History, Renderer
 from tokentape.store import SQLiteStore, Store
@@ -49,16 +51,17 @@ class PartsConfig:
     """What a gateway is made of.
 
     `model` is a directory or hub id: tokenizer, chat template and sizes; `engine` has its weights, or reaches
-    the server that has them; one that is given made is not closed here. `store` is None to keep the sessions
-    in memory only. `tool_format` and `reasoning_format` are "auto" or the name of a row: of `formats`, which
-    come first, or of `formats.FORMATS`. `template_arguments` are the chat template's, where a request does
-    not say otherwise. `volatile` are names of `volatile.RULES`, or regular expressions. `capture` is what the
-    engine is asked for beside the tokens.
+    the server that has them, and `pool` knows more of these; one that is given made is not closed here.
+    `store` is None to keep the sessions in memory only. `tool_format` and `reasoning_format` are "auto" or
+    the name of a row: of `formats`, which come first, or of `formats.FORMATS`. `template_arguments` are the
+    chat template's, where a request does not say otherwise. `volatile` are names of `volatile.RULES`, or
+    regular expressions. `capture` is what the engine is asked for beside the tokens.
     """
 
     model: str
     engine: SGLangConfig | Engine
     store: Path | None
+    pool: PoolConfig = field(default_factory=PoolConfig)
     tool_format: str = "auto"
     reasoning_format: str = "auto"
     formats: tuple[Format, ...] = ()
@@ -77,6 +80,7 @@ class Gateway:
 
     config: GatewayConfig
     engine: ResumingEngine
+    pool: EnginePool | None
     weights: Weights
     store: Store
     sessions: Sessions
@@ -113,10 +117,12 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
     async with contextlib.AsyncExitStack() as stack:
         store = _store(config.store, renderer.tokenizer.fingerprint)
         stack.push_async_callback(store.aclose)
-        engine = config.engine
+        engine, pool = config.engine, None
         if isinstance(engine, SGLangConfig):
-            engine = SGLangEngine(engine, vocab_size=sizes.vocab_size or renderer.tokenizer.vocab_size)
-            stack.push_async_callback(engine.aclose)
+            engine = pool = _pool(engine, config.pool, sizes.vocab_size or renderer.tokenizer.vocab_size)
+            metrics.watch_workers(lambda: _worker_rows(pool), lambda: pool.moved)
+            stack.push_async_callback(pool.aclose)
+            pool.watch()
         eos_ids = sizes.eos_ids | renderer.eos_ids
         engine = ResumingEngine(engine, stop_ids=eos_ids, on_resume=metrics.resumed.inc)
         weights = Weights(engine, store)
@@ -151,7 +157,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
         api = AgentApi(turns, wires)
         stack.push_async_callback(api.aclose)
         await stack.enter_async_context(_learning(engine, turns.planner, wait=ask_engine))
-        yield Gateway(config.http, engine, weights, store, sessions, turns, api, metrics)
+        yield Gateway(config.http, engine, pool, weights, store, sessions, turns, api, metrics)
 
 
 def _log_format(detected: Detected) -> None:
@@ -177,6 +183,20 @@ def _check_arguments(arguments: Mapping[str, Any], variables: frozenset[str]) ->
             raise ConfigError(
                 f"--template-arg {name}: the chat template reads no such variable; it reads {known}"
             )
+
+
+def _pool(first: SGLangConfig, config: PoolConfig, vocab_size: int) -> EnginePool:
+    def make(url: str) -> SGLangEngine:
+        return SGLangEngine(dataclasses.replace(first, url=url), vocab_size=vocab_size)
+
+    return EnginePool((first.url, *config.more), make, config)
+
+
+def _worker_rows(pool: EnginePool) -> list[WorkerRow]:
+    return [
+        WorkerRow(w.url, w.state, w.num_running, w.num_ejections, w.outcomes, w.num_prompt, w.num_cached)
+        for w in pool.workers
+    ]
 
 
 def info_json(info: EngineInfo) -> Json:

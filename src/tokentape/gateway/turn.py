@@ -166,7 +166,7 @@ class Turns:
         try:
             await forward(Started(tuple(turn_ids), len(plan.prompt), time.time()))
             async with _deadline(session):
-                sampled = await self._sample(request, plan, turn_ids, forward)
+                sampled = await self._sample(session, request, plan, turn_ids, forward)
         except asyncio.CancelledError:
             await self.fail(session, session.cancelled(), num_tokens)
             raise
@@ -232,13 +232,13 @@ class Turns:
             self.planner.engine_sampling = Sampling()
 
     async def _sample(
-        self, request: TurnRequest, plan: Plan, turn_ids: Sequence[str], emit: Emit
+        self, session: Session, request: TurnRequest, plan: Plan, turn_ids: Sequence[str], emit: Emit
     ) -> list[_Sampled]:
         """All choices, side by side; where one fails, the others are aborted."""
         if len(turn_ids) == 1:
-            return [await self._generate(request, plan, turn_ids[0], 0, emit)]
+            return [await self._generate(session, request, plan, turn_ids[0], 0, emit)]
         tasks = [
-            asyncio.ensure_future(self._generate(request, plan, turn_id, choice, emit))
+            asyncio.ensure_future(self._generate(session, request, plan, turn_id, choice, emit))
             for choice, turn_id in enumerate(turn_ids)
         ]
         try:
@@ -249,7 +249,7 @@ class Turns:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _generate(
-        self, request: TurnRequest, plan: Plan, turn_id: str, choice: int, emit: Emit
+        self, session: Session, request: TurnRequest, plan: Plan, turn_id: str, choice: int, emit: Emit
     ) -> _Sampled:
         sampling = _of_choice(plan.sampling, choice)
         stops = self._maybe_stop | frozenset(sampling.stop_token_ids)
@@ -263,6 +263,7 @@ class Turns:
             request.num_top_logprobs,
             capture_support=self._capture.support and cut,
             experts_from=_experts_from(plan) if self._capture.routed_experts else None,
+            session=session.session_id,
         )
         top: list[list[tuple[int, float]]] = []
         async with contextlib.aclosing(self._engine.generate(call)) as parts:

@@ -48,6 +48,7 @@ class FakeSGLang:
     With a `tokenizer` it also fills in `text`. `incremental` makes streams send deltas, as the server flag
     `--incremental-streaming-output` does. Set `weight_version` between requests to pretend a weight update.
 
+    While `answering` is not set it hangs: it takes connections and answers no question about its health.
     `requests` are all that were received, `aborts` the rids of `/abort_request`, `alive` whether it still
     serves.
     """
@@ -71,6 +72,8 @@ class FakeSGLang:
         self.requests: list[ReceivedRequest] = []
         self.aborts: list[str] = []
         self.alive = False
+        self.answering = asyncio.Event()
+        self.answering.set()
         self._script: deque[Reply | Fault] = deque()
         self._running: dict[str, ReceivedRequest] = {}
         self._seen: deque[array[int]] = deque(maxlen=_MAX_REMEMBERED)
@@ -258,6 +261,7 @@ class FakeSGLang:
         return web.Response()
 
     async def _health(self, _http: web.Request) -> web.Response:
+        await self.answering.wait()
         return web.Response()
 
     async def _model_info(self, _http: web.Request) -> web.Response:
