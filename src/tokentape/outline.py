@@ -16,6 +16,7 @@ from tokentape.types import Message, ToolCall
 _KEPT_CHARS = 48
 STAND_IN = "…stand-in…"
 """No text that anyone sends: Mistral's template compares messages, and repeats earlier ones."""
+_ARGUMENTS = json.dumps({"a": STAND_IN}, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,7 @@ def _stand_in(message: Message, content_tests: tuple[str, ...]) -> tuple[Message
         content=content if message.content is not None else None,
         reasoning=STAND_IN if message.reasoning else message.reasoning,
         tool_calls=tuple(  # all of them: a template looks up each result's call
-            ToolCall(id=c.id, name=c.name, arguments=json.dumps({"a": STAND_IN}, ensure_ascii=False))
-            for c in message.tool_calls
+            ToolCall(id=c.id, name=c.name, arguments=_ARGUMENTS) for c in message.tool_calls
         ),
         tool_call_id=message.tool_call_id,
         name=message.name,

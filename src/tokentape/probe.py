@@ -150,18 +150,25 @@ class Prober:
         if stage.key is None or self._reads_clock:
             return self._render_last(stage, stage.before, turn)
         key: _Key = stage.key, shape
-        if key not in self._kept:
-            if len(self._kept) >= _MAX_KEPT:
-                self._kept.clear()
-            real = self._render_last(stage, stage.before, turn)
-            try:
-                shown = self._render_last(stage, *_with_noticing_ids(stage.before, turn))
-            except (_IdSeenError, TemplateRefused):
-                shown = None
-            # Printed by C code it is not noticed: it is seen in the text.
-            self._kept[key] = real if shown == real else None
-            return real
-        return self._kept[key] or self._render_last(stage, stage.before, turn)
+        kept = self._kept.get(key, ())
+        if kept == ():
+            kept = self._look(key, stage, turn)
+        return kept or self._render_last(stage, stage.before, turn)
+
+    def _look(self, key: _Key, stage: Stage, turn: Json) -> tuple[str, str] | None:
+        """Keep what the template makes of these; None where it looks at the ids of calls."""
+        try:
+            shown = self._render_last(stage, *_with_noticing_ids(stage.before, turn))
+        except (_IdSeenError, TemplateRefused):
+            shown = None
+        if shown != self._render_last(
+            stage, stage.before, turn
+        ):  # printed by C code it is not noticed: it is seen
+            shown = None
+        if len(self._kept) >= _MAX_KEPT:
+            self._kept.clear()
+        self._kept[key] = shown
+        return shown
 
     def _render_last(self, stage: Stage, before: Sequence[Json], turn: Json) -> tuple[str, str]:
         render = self._template.render

@@ -268,6 +268,8 @@ def _environment() -> _Sandbox:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    plain = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` makes an encoder for every call
+
     def tojson(
         x: Any,
         ensure_ascii: bool = False,
@@ -275,9 +277,11 @@ def _environment() -> _Sandbox:
         separators: Any = None,
         sort_keys: bool = False,
     ) -> str:
-        return json.dumps(
-            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        if ensure_ascii or sort_keys or indent is not None or separators is not None:
+            return json.dumps(
+                x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            )
+        return plain(x)
 
     def strftime_now(format: str) -> str:  # noqa: A002  # templates may pass it by name
         return (_MOMENT.get() or datetime.now()).strftime(format)  # local time, as transformers

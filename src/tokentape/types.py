@@ -172,12 +172,12 @@ class TokenRun:
     max_id: int
 
     def __init__(self, ids: Iterable[int]) -> None:
-        run = ids if isinstance(ids, array) else array("i", ids)
-        if run and min(run) < 0:
-            raise ValueError(f"negative token id {min(run)}")
-        self.ids = run
-        self.json = msgspec.json.encode(run.tolist())[1:-1]
-        self.max_id = max(run, default=-1)
+        self.ids = ids if isinstance(ids, array) else array("i", ids)
+        numbers = self.ids.tolist()
+        self.json = msgspec.json.encode(numbers)[1:-1]
+        if b"-" in self.json:
+            raise ValueError(f"negative token id {min(numbers)}")
+        self.max_id = max(numbers, default=-1)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -205,8 +205,8 @@ class Planner:
 
 def _merged(first: Sampling, second: Sampling) -> Sampling:
     """`second` over `first`: what it does not give stays."""
-    given = {f: getattr(second, f) for f in Sampling.__struct_fields__}
-    return replace(first, **{f: value for f, value in given.items() if value not in (None, ())})
+    given = {f: value for f in Sampling.__struct_fields__ if (value := getattr(second, f)) not in (None, ())}
+    return replace(first, **given) if given else first
 
 
 def _recorded(session: Session, turn: Turn) -> list[Message]:
