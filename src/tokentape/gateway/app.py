@@ -29,8 +29,9 @@ from tokentape.gateway.agents import (
     spoken,
     to_typed,
 )
+from tokentape.gateway.credit import Credit
 from tokentape.gateway.parts import Gateway, info_json
-from tokentape.gateway.sessions import Credit, Session
+from tokentape.gateway.sessions import Session
 from tokentape.gateway.wire import Decoded, Wire
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
@@ -86,7 +87,14 @@ def _boundary(gateway: Gateway) -> Any:
         try:
             if gateway.config.api_key is not None and request.path not in _OPEN_ROUTES:
                 _authorise(request, gateway.config.api_key)
-            return await handler(request)
+            if not request.body_exists:
+                return await handler(request)
+            # What has no length may have any: it is counted as the largest.
+            num_bytes = request.content_length
+            with gateway.api.admission.reading(
+                gateway.config.max_body_bytes if num_bytes is None else num_bytes
+            ):
+                return await handler(request)
         except web.HTTPRequestEntityTooLarge:
             text = f"the body is larger than {gateway.config.max_body_bytes} bytes"
             return _error(request, TooLarge(text))
@@ -195,7 +203,7 @@ class _Routes:
 
     async def samples(self, request: web.Request) -> web.Response:
         session = await self._sessions.get(request.match_info["session_id"])
-        batch = samples(session.record, session.tree.tapes())
+        batch = await session.read(lambda: samples(session.record, session.tree.tapes()))
         if ARROW_STREAM in request.headers.get("Accept", ""):
             return web.Response(
                 body=await asyncio.to_thread(to_arrow_stream, batch), content_type=ARROW_STREAM
