@@ -11,7 +11,7 @@ import pytest
 from gatewaykit import END, USER, Gateway, Json, sampled
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
 from tokentape.errors import InternalError
-from tokentape.gateway import chat
+from tokentape.gateway import chat, memory
 from tokentape.gateway.api import Answering
 from tokentape.gateway.credit import Credit
 from tokentape.gateway.memory import Memo

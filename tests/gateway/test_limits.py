@@ -109,7 +109,9 @@ async def test_a_slow_stream_says_that_it_is_alive(model_dir: Path) -> None:
     config = PartsConfig(model=str(model_dir), engine=engine, store=None)
     async with (
         parts(config) as gateway,
-        contextlib.aclosing(AgentApi(gateway.turns, gateway.api.config, ping_s=0.05)) as api,
+        contextlib.aclosing(
+            AgentApi(gateway.turns, gateway.api.config, gateway.api.admission, ping_s=0.05)
+        ) as api,
     ):
         session = await gateway.sessions.create()
         body = json.dumps({"messages": [USER], "stream": True}).encode()
@@ -151,7 +153,9 @@ async def test_a_failure_behind_a_ping_is_an_event(model_dir: Path) -> None:
     config = PartsConfig(model=str(model_dir), engine=FakeEngine(responder=silent_then("hello")), store=None)
     async with (
         parts(config) as gateway,
-        contextlib.aclosing(AgentApi(gateway.turns, gateway.api.config, ping_s=0.03)) as api,
+        contextlib.aclosing(
+            AgentApi(gateway.turns, gateway.api.config, gateway.api.admission, ping_s=0.03)
+        ) as api,
     ):
         session = await gateway.sessions.create(deadline_s=0.1)
         decoded = api.decode(

@@ -1,4 +1,4 @@
-"""Who may begin a turn now, who waits, who is turned away; how long a turn may take, and how large requests are."""
+"""Who may begin a turn now, who waits, who is turned away; how long a turn may take."""
 
 import asyncio
 import contextlib
@@ -67,7 +67,7 @@ class Deadline:
 class Admission:
     """Places for the requests that are being answered, and a queue that is fair between sessions.
 
-    A place that becomes free goes to the sessions in turn, whoever of them asks more often. Where the queue is
+    A place that becomes free goes to the sessions in turn, however much one of them asks. Where the queue is
     full, the session with most in it makes room: its newest request is turned away.
     """
 
@@ -130,8 +130,7 @@ class Admission:
         """
         if self._num_bytes + num_bytes > self.limits.max_request_bytes and self._num_bytes:
             raise Overloaded(
-                f"the requests under way have {self._num_bytes} bytes together: there is no room for one more of "
-                f"{num_bytes}",
+                f"the requests under way have {self._num_bytes} bytes together, one of {num_bytes} is too much",
                 retry_after_s=self._retry_after_s(),
             )
         self._num_bytes += num_bytes
@@ -145,7 +144,7 @@ class Admission:
             mine = len(self._queue.get(session_id, ()))
             most = max(self._queue, key=lambda one: len(self._queue[one]), default=session_id)
             refusal = Overloaded(
-                f"{self._num_running} requests are being answered and {self._num_waiting} wait: try again later",
+                f"{self._num_running} requests are being answered, {self._num_waiting} wait: try again later",
                 retry_after_s=self._retry_after_s(),
             )
             if len(self._queue.get(most, ())) <= mine + 1:

@@ -87,13 +87,7 @@ def _boundary(gateway: Gateway) -> Any:
         try:
             if gateway.config.api_key is not None and request.path not in _OPEN_ROUTES:
                 _authorise(request, gateway.config.api_key)
-            if not request.body_exists:
-                return await handler(request)
-            # What has no length may have any: it is counted as the largest.
-            num_bytes = request.content_length
-            with gateway.api.admission.reading(
-                gateway.config.max_body_bytes if num_bytes is None else num_bytes
-            ):
+            with gateway.api.admission.reading(_body_bytes(request, gateway.config.max_body_bytes)):
                 return await handler(request)
         except web.HTTPRequestEntityTooLarge:
             text = f"the body is larger than {gateway.config.max_body_bytes} bytes"
@@ -144,6 +138,15 @@ def _authorise(request: web.Request, api_key: str) -> None:
         request[_SESSION] = session_id
         return
     raise Unauthorized("a valid API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`")
+
+
+def _body_bytes(request: web.Request, most: int) -> int:
+    """How large the body may become: its length, or the largest there is where that does not say."""
+    if not request.body_exists:
+        return 0
+    if request.content_length is None or "Content-Encoding" in request.headers:
+        return most
+    return min(request.content_length, most)
 
 
 def _is_there(request: web.Request) -> bool:
