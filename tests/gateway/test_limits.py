@@ -13,6 +13,7 @@ from gatewaykit import USER, Agent, Gateway, Json, assert_samples_match, gateway
 from tokentape.engines.base import GenerateRequest
 from tokentape.gateway import chat
 from tokentape.gateway.api import AgentApi
+from tokentape.gateway.parts import Gateway as Parts
 from tokentape.gateway.parts import PartsConfig, parts
 from tokentape.testing import FakeEngine, FakeSGLang, Fault, Reply
 
@@ -101,6 +102,10 @@ def silent_then(text: str) -> Any:
         return Reply(sampled(text).ids, delay_s=0.12)
 
     return respond
+
+
+def with_pings(gateway: Parts, ping_s: float) -> AgentApi:
+    return AgentApi(gateway.turns, gateway.api.config, gateway.api.admission, ping_s=ping_s)
 
 
 async def test_a_slow_stream_says_that_it_is_alive(model_dir: Path) -> None:

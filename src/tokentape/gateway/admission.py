@@ -130,7 +130,7 @@ class Admission:
         """
         if self._num_bytes + num_bytes > self.limits.max_request_bytes and self._num_bytes:
             raise Overloaded(
-                f"the requests under way have {self._num_bytes} bytes together, one of {num_bytes} is too much",
+                f"the requests under way have {self._num_bytes} bytes, {num_bytes} more are too much",
                 retry_after_s=self._retry_after_s(),
             )
         self._num_bytes += num_bytes

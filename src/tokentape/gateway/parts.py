@@ -57,8 +57,8 @@ class PartsConfig:
     `store` is None to keep the sessions in memory only. `tool_format` and `reasoning_format` are "auto" or
     the name of a row: of `formats`, which come first, or of `formats.FORMATS`. `template_arguments` are the
     chat template's, where a request does not say otherwise. `volatile` are names of `volatile.RULES`, or
-    regular expressions. `capture` is what the engine is asked for beside the tokens. `memory` bounds what is kept
-    in memory, `admission` what goes on at a time.
+    regular expressions. `capture` is what the engine is asked for beside the tokens. `memory` bounds what is
+    kept, `admission` what goes on at a time.
     """
 
     model: str

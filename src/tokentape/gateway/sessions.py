@@ -419,10 +419,10 @@ class Sessions:
             self._memory.forget(session)
         if not SESSION_ID.fullmatch(session_id):  # no such id was ever given; it may not even be text
             return None
+        stored = await self._store.load(session_id)
+        if stored is None:
+            return None
         async with self._one_restore:
-            stored = await self._store.load(session_id)
-            if stored is None:
-                return None
             session = await asyncio.to_thread(restore, stored, self._content_tests, self._volatile)
         for request_id in self._delivered.pop(session_id, ()):
             session.answers.received(request_id)
