@@ -57,12 +57,16 @@ async def ask(
     headers: Mapping[str, str] | None = None,
     **rest: Any,
 ) -> Json:
-    body, headers = msgspec.json.encode({"messages": messages, **rest}), headers or {}
+    body, headers = msgspec.json.encode({"messages": messages}), headers or {}
     decoded = gateway.api.decode(chat.WIRE, session, body, headers)
     async with gateway.api.answering(session, decoded, headers) as answering:
         dones = await answering.dones()
         answering.delivered()
     return msgspec.json.decode(decoded.writer.whole(dones))
+
+
+def message_of(reply: Json) -> Json:
+    return {"role": "assistant", "content": reply["choices"][0]["message"]["content"]}
 
 
 @dataclass
@@ -110,7 +114,7 @@ class Run:
         reply = await ask(self.gateway, session, asked, headers)
         self.names.setdefault(reply["tokentape"]["turn_id"], f"turn {len(self.names)}")
         self.answers.append(self.named(reply["tokentape"]))
-        return {"role": "assistant", "content": reply["choices"][0]["message"]["content"]}
+        return message_of(reply)
 
     async def rows(self) -> list[Any]:
         """All samples of all sessions, and the summaries."""
@@ -146,7 +150,7 @@ async def test_a_bound_changes_no_answer_and_no_tape(model_dir: Path, seed: int)
 
 
 async def test_sessions_side_by_side_in_too_little_room(model_dir: Path, tmp_path: Path) -> None:
-    """Every session has an agent of its own, all at once: each is one exact line, in memory and in the file."""
+    """Every session has an agent of its own, all at once: each is one line of all its turns."""
     async with bounded(model_dir, 3, store=tmp_path / "s.sqlite") as gateway:
 
         async def agent(number: int) -> None:
@@ -155,7 +159,7 @@ async def test_sessions_side_by_side_in_too_little_room(model_dir: Path, tmp_pat
             for turn in range(8):
                 messages.append({"role": "user", "content": f"hello {number} {turn}"})
                 reply = await ask(gateway, session, messages)
-                messages.append({"role": "assistant", "content": reply["choices"][0]["message"]["content"]})
+                messages.append(message_of(reply))
                 session = await gateway.sessions.get(f"s{number}")
 
         await asyncio.gather(*(agent(number) for number in range(NUM_SESSIONS)))
@@ -285,7 +289,7 @@ async def test_a_long_session_comes_back_without_a_stall(model_dir: Path) -> Non
         for turn in range(200):
             messages.append({"role": "user", "content": f"{turn} " + "hello world " * 40})
             reply = await ask(gateway, session, messages)
-            messages.append({"role": "assistant", "content": reply["choices"][0]["message"]["content"]})
+            messages.append(message_of(reply))
         assert sum(len(t.prompt) + len(t.completion) for t in session.tree.turns()) > 30_000
         del session
         stalls: list[float] = []
