@@ -22,7 +22,11 @@
     │   ├── EngineDisconnected           502     yes      lost after the first token
     │   └── EngineTimeout                504     yes      no answer, or no further token, in time
     ├── ClientGone                       499      no      the caller left before the turn was committed
+    ├── Overloaded                       429     yes      too many turns are waiting, or too many bytes
+    ├── TurnTimeout                      504     yes      the turn's own time was over before it was sampled
     ├── StoreError                       503     yes      the turn could not be made durable
+    │   └── StoreFull                    507     yes      there is no room left for it
+    ├── SessionSealed                    503     yes      what the store has of the session must be read again
     └── InternalError                    500      no      a broken invariant: our bug, never the user's
 
 `status` is the HTTP status that every wire dialect answers; `retryable` says whether the same request may
@@ -180,8 +184,46 @@ class ClientGone(TokentapeError):
     status = 499
 
 
+class Overloaded(TokentapeError):
+    """The gateway has as much to do as it may have; try again after `retry_after_s` seconds."""
+
+    status = 429
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TurnTimeout(TokentapeError):
+    """The turn was not sampled within the time that the gateway gives it, waiting for its place included."""
+
+    status = 504
+    retryable = True
+
+
 class StoreError(TokentapeError):
-    """The turn could not be made durable; nothing was committed."""
+    """The turn could not be made durable; nothing was committed.
+
+    Unless it is `uncertain`: the commit itself failed, and what it wrote may be found after a crash.
+    """
+
+    status = 503
+    retryable = True
+
+    def __init__(self, message: str, *, uncertain: bool = False) -> None:
+        super().__init__(message)
+        self.uncertain = uncertain
+
+
+class StoreFull(StoreError):
+    """There is no room left in the store: its disk is full, or its quota is used up."""
+
+    status = 507
+
+
+class SessionSealed(TokentapeError):
+    """A commit failed half-way: this copy of the session takes no more turns, the store is asked again."""
 
     status = 503
     retryable = True

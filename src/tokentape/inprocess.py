@@ -25,9 +25,10 @@ from tokentape.errors import ConfigError, RequestError, SessionClosed, SessionEx
 from tokentape.export.samples import samples, stored_samples, write_parquet
 from tokentape.formats import Format
 from tokentape.gateway import chat, control
+from tokentape.gateway.credit import Credit
 from tokentape.gateway.fields import session_sampling
 from tokentape.gateway.parts import Gateway, GatewayConfig, PartsConfig, parts
-from tokentape.gateway.sessions import Credit, Session, new_session_id
+from tokentape.gateway.sessions import Session, new_session_id
 from tokentape.gateway.turn import Capture
 from tokentape.render import History
 from tokentape.store import SessionRecord
@@ -99,7 +100,7 @@ class RecordedSession:
         self.session_id = session_id
         self._recorder = recorder
         self._create = create
-        self._session: Session | None = None
+        self._is_open = False
         self._opening = asyncio.Lock()
 
     async def chat(
@@ -217,7 +218,7 @@ class RecordedSession:
     async def samples(self) -> list[Json]:
         """The session's samples so far, one a branch: the columns of an export, each row a dict."""
         session = await self._opened()
-        batch = samples(session.record, session.tree.tapes())
+        batch = await session.read(lambda: samples(session.record, session.tree.tapes()))
         return await asyncio.to_thread(batch.to_pylist)
 
     def _agent(self) -> "InProcess":
@@ -228,9 +229,11 @@ class RecordedSession:
     async def _opened(self) -> Session:
         async with self._opening:
             self._recorder.check_open()
-            if self._session is None:
-                self._session = await self._open()
-            return self._session
+            if not self._is_open:
+                session = await self._open()
+                self._is_open = True
+                return session
+        return await self._recorder.gateway.sessions.get(self.session_id)
 
     async def _open(self) -> Session:
         """Make the session, or continue the one of this id."""

@@ -36,7 +36,13 @@ class Metrics:
         self.neutralised = counter("neutralised", "Control tokens of untrusted text that stayed text")
         self.ignored_fields = counter("ignored_fields", "Request fields without effect")
         self.active_turns = Gauge("tokentape_active_turns", "Turns under way", registry=self.registry)
+        self.waiting_turns = Gauge(
+            "tokentape_waiting_turns", "Requests that wait for their turn", registry=self.registry
+        )
         self.sessions = Gauge("tokentape_sessions_in_memory", "Sessions in memory", registry=self.registry)
+        self.session_bytes = Gauge(
+            "tokentape_session_bytes", "What they take, roughly", registry=self.registry
+        )
         self.turn_seconds = Histogram(
             "tokentape_turn_seconds", "Whole turns", buckets=_SECONDS, registry=self.registry
         )

@@ -2,6 +2,10 @@
 
 `SQLiteStore` has one writer thread. Whatever is waiting when it is free goes into one transaction, so that a
 hundred sessions share one fsync; a `put` returns only after its own transaction is on disk.
+
+A change that fails before its COMMIT has not happened. Where COMMIT itself fails (disk full, fsync failed)
+it may be in the log all the same, until the next transaction overwrites it: a crash between the two brings it
+back. Such a `StoreError` is `uncertain`.
 """
 
 import asyncio
@@ -17,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
-from tokentape.errors import ConfigError, StoreError
+from tokentape.errors import ConfigError, StoreError, StoreFull
 from tokentape.schema import (
     FAILURES,
     SCHEMA_VERSION,
@@ -42,6 +46,14 @@ _PUT_SESSION = insert_into("sessions", SESSIONS).replace("INSERT", "REPLACE", 1)
 _PUT_TURN = insert_into("turns", TURNS)
 _PUT_VERSION = insert_into("weights", WEIGHTS).replace("INSERT", "INSERT OR IGNORE", 1)
 _PUT_FAILURE = insert_into("failures", FAILURES)
+_FROM = "SELECT * FROM sessions WHERE session_id > :after"
+_LIST = f"{_FROM} ORDER BY session_id LIMIT :limit"
+_LIST_STATE = f"{_FROM} AND state = :state ORDER BY session_id LIMIT :limit"
+_INDEXES = (  # made where they are not there: an older file gets what is new when it is opened
+    "turns_by_session ON turns (session_id)",
+    "failures_by_session ON failures (session_id)",
+    "sessions_by_state ON sessions (state, session_id)",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +99,11 @@ class StoredSession:
 
 
 class Store(Protocol):
-    """Durable sessions. A change is on disk when its coroutine returns; `StoreError`: nothing changed."""
+    """Durable sessions. A change is on disk when its coroutine returns.
+
+    `StoreError`: nothing changed. One that is `uncertain` does not know: whoever goes on must first read what
+    the store has.
+    """
 
     async def put_session(self, record: SessionRecord) -> None:
         """Create the session, or replace its record."""
@@ -225,35 +241,35 @@ class SQLiteStore:
     async def load(self, session_id: str) -> StoredSession | None:
         """A session with its turns; None where there is none."""
 
-        def run(connection: sqlite3.Connection) -> StoredSession | None:
-            where = "WHERE session_id = ? ORDER BY rowid"
-            found = connection.execute(
-                "SELECT * FROM sessions WHERE session_id = ?", (session_id,)
-            ).fetchone()
-            if found is None:
-                return None
-            turns = connection.execute(f"SELECT * FROM turns {where}", (session_id,))  # noqa: S608
-            failures = connection.execute(f"SELECT * FROM failures {where}", (session_id,))  # noqa: S608
-            return StoredSession(
-                _record(found),
-                rows_to_turns(turns),
-                tuple(Failure(**{c.name: row[c.name] for c in FAILURES[1:]}) for row in failures),
+        def run(
+            connection: sqlite3.Connection,
+        ) -> tuple[Any, list[Any], list[Any]]:
+            where, given = "WHERE session_id = ? ORDER BY rowid", (session_id,)
+            return (
+                connection.execute("SELECT * FROM sessions WHERE session_id = ?", given).fetchone(),
+                connection.execute(f"SELECT * FROM turns {where}", given).fetchall(),  # noqa: S608
+                connection.execute(f"SELECT * FROM failures {where}", given).fetchall(),  # noqa: S608
             )
 
-        return await self._do(run, writes=False)
+        found, turns, failures = await self._do(run, writes=False)
+        if found is None:
+            return None
+        # Decoding takes longer than reading: not in the thread that others' commits wait for.
+        return StoredSession(
+            _record(found),
+            await asyncio.to_thread(rows_to_turns, turns),
+            tuple(Failure(**{c.name: row[c.name] for c in FAILURES[1:]}) for row in failures),
+        )
 
     async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
         """Sessions in the order of their ids, from the first behind `after`."""
+        statement = _LIST if state is None else _LIST_STATE
 
-        def run(connection: sqlite3.Connection) -> Sequence[SessionRecord]:
-            rows = connection.execute(
-                "SELECT * FROM sessions WHERE session_id > :after AND (:state IS NULL OR state = :state) "
-                "ORDER BY session_id LIMIT :limit",
-                {"after": after, "state": state, "limit": limit},
-            )
-            return [_record(row) for row in rows]
+        def run(connection: sqlite3.Connection) -> list[Any]:
+            given = {"after": after, "state": state, "limit": limit}
+            return connection.execute(statement, given).fetchall()
 
-        return await self._do(run, writes=False)
+        return [_record(row) for row in await self._do(run, writes=False)]
 
     async def aclose(self) -> None:
         """Finish what is waiting and close."""
@@ -284,8 +300,8 @@ class SQLiteStore:
             connection.execute(f"SELECT {names} FROM {name} LIMIT 0")  # noqa: S608  # not somebody else's table
         if self._readonly:
             return
-        connection.execute("CREATE INDEX IF NOT EXISTS turns_by_session ON turns (session_id)")
-        connection.execute("CREATE INDEX IF NOT EXISTS failures_by_session ON failures (session_id)")
+        for index in _INDEXES:
+            connection.execute(f"CREATE INDEX IF NOT EXISTS {index}")
         if version < SCHEMA_VERSION:
             connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         if tokenizer is not None:
@@ -327,23 +343,33 @@ class SQLiteStore:
 
     def _transact(self, batch: list[_Work]) -> None:
         """Run a batch in one transaction; where that fails, each change in its own."""
+        committing = False
         try:
             # A question takes no write lock: an export must not hold up the gateway that writes to its file.
             self._connection.execute("BEGIN IMMEDIATE" if any(work.writes for work in batch) else "BEGIN")
             results = [work.run(self._connection) for work in batch]
+            committing = any(work.writes for work in batch)
             self._connection.execute("COMMIT")
         except Exception as error:  # a boundary: whatever a row cannot be turned into must not end the thread
-            with contextlib.suppress(sqlite3.Error):
-                self._connection.execute("ROLLBACK")
-            if len(batch) > 1:
+            rolled_back = self._roll_back()
+            if len(batch) > 1:  # a transaction that succeeds overwrites whatever this one left in the log
                 for work in batch:
                     self._transact([work])
                 return
             log.exception("store: %s", self._path)
-            _answer(batch[0], error=StoreError(f"the store failed: {error}"))
+            # A constraint is checked before a write; otherwise COMMIT does not say how far it came.
+            uncertain = not rolled_back or (committing and not isinstance(error, sqlite3.IntegrityError))
+            _answer(batch[0], error=_typed(error, uncertain=uncertain and batch[0].writes))
         else:
             for work, result in zip(batch, results, strict=True):
                 _answer(work, result=result)
+
+    def _roll_back(self) -> bool:
+        """End a transaction that failed; whether it is known to have ended."""
+        if self._connection.in_transaction:  # SQLite ends it by itself where the disk is full or broken
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+        return not self._connection.in_transaction
 
 
 def _lock(path: str) -> IO[bytes]:
@@ -358,6 +384,12 @@ def _lock(path: str) -> IO[bytes]:
         file.close()
         raise ConfigError(f"--store {path} is in use by another gateway") from None
     return file
+
+
+def _typed(error: Exception, *, uncertain: bool) -> StoreError:
+    code = getattr(error, "sqlite_errorcode", None)  # the module's own errors have none
+    kind = StoreFull if code == sqlite3.SQLITE_FULL else StoreError
+    return kind(f"the store failed: {error}", uncertain=uncertain)
 
 
 def _answer(work: _Work, *, result: object = None, error: StoreError | None = None) -> None:

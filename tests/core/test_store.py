@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from recorded import Recorder, call, record, result, said, turn, user
 
-from tokentape.errors import ConfigError, EngineFailed, SessionExists, StoreError
+from tokentape.errors import ConfigError, EngineFailed, SessionExists, StoreError, StoreFull
 from tokentape.gateway.sessions import Sessions, restore
 from tokentape.invariants import check_samples
 from tokentape.metrics import Metrics
@@ -472,7 +472,7 @@ async def test_a_full_disk_refuses_the_turn_and_keeps_the_others(tmp_path: Path)
     await store._do(lambda c: c.execute(f"PRAGMA max_page_count={pages + 8}").fetchone())
     big = list(range(40_000))  # 160 kB: no room at all
     for _ in range(2):
-        with pytest.raises(StoreError, match="full"):
+        with pytest.raises(StoreFull, match="full"):
             await store.put_turns("s", [turn("big", prompt=big)])
     results = await asyncio.gather(
         store.put_turns("s", [turn("small-1")]),
@@ -480,7 +480,7 @@ async def test_a_full_disk_refuses_the_turn_and_keeps_the_others(tmp_path: Path)
         store.put_turns("s", [turn("small-2")]),
         return_exceptions=True,
     )
-    assert [type(r) for r in results] == [type(None), StoreError, type(None)]
+    assert [type(r) for r in results] == [type(None), StoreFull, type(None)]
     await store._do(lambda c: c.execute("PRAGMA max_page_count=1000000").fetchone())
     await store.put_turns("s", [turn("big", prompt=big)])  # the same turn, once there is room
     await store.aclose()

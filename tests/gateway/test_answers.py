@@ -11,11 +11,13 @@ import pytest
 from gatewaykit import END, USER, Gateway, Json, sampled
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
 from tokentape.errors import InternalError
-from tokentape.gateway import chat, sessions
+from tokentape.gateway import chat, memory
 from tokentape.gateway.api import Answering
+from tokentape.gateway.credit import Credit
+from tokentape.gateway.memory import Memo
 from tokentape.gateway.parts import Gateway as Parts
 from tokentape.gateway.parts import PartsConfig, parts
-from tokentape.gateway.sessions import Credit, Memo, Session
+from tokentape.gateway.sessions import Session
 from tokentape.testing import FakeEngine, FakeSGLang, Reply
 
 FIRST = {"x-stainless-retry-count": "0"}
@@ -178,7 +180,7 @@ async def test_the_label_is_part_of_the_request(fake: FakeSGLang, gateway: Gatew
 
 def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is only ever refused must not fill the machine."""
-    monkeypatch.setattr(sessions, "_MEMO_BYTES", 100)
+    monkeypatch.setattr(memory, "_MEMO_BYTES", 100)
     memo = Memo()
     asked: list[int] = []
 

@@ -13,6 +13,7 @@ from gatewaykit import USER, Agent, Gateway, Json, assert_samples_match, gateway
 from tokentape.engines.base import GenerateRequest
 from tokentape.gateway import chat
 from tokentape.gateway.api import AgentApi
+from tokentape.gateway.parts import Gateway as Parts
 from tokentape.gateway.parts import PartsConfig, parts
 from tokentape.testing import FakeEngine, FakeSGLang, Fault, Reply
 
@@ -103,13 +104,19 @@ def silent_then(text: str) -> Any:
     return respond
 
 
+def with_pings(gateway: Parts, ping_s: float) -> AgentApi:
+    return AgentApi(gateway.turns, gateway.api.config, gateway.api.admission, ping_s=ping_s)
+
+
 async def test_a_slow_stream_says_that_it_is_alive(model_dir: Path) -> None:
     """A comment wherever nothing came for `ping_s`: between tokens, and before the first."""
     engine = FakeEngine(responder=silent_then("hello"))
     config = PartsConfig(model=str(model_dir), engine=engine, store=None)
     async with (
         parts(config) as gateway,
-        contextlib.aclosing(AgentApi(gateway.turns, gateway.api.config, ping_s=0.05)) as api,
+        contextlib.aclosing(
+            AgentApi(gateway.turns, gateway.api.config, gateway.api.admission, ping_s=0.05)
+        ) as api,
     ):
         session = await gateway.sessions.create()
         body = json.dumps({"messages": [USER], "stream": True}).encode()
@@ -151,7 +158,9 @@ async def test_a_failure_behind_a_ping_is_an_event(model_dir: Path) -> None:
     config = PartsConfig(model=str(model_dir), engine=FakeEngine(responder=silent_then("hello")), store=None)
     async with (
         parts(config) as gateway,
-        contextlib.aclosing(AgentApi(gateway.turns, gateway.api.config, ping_s=0.03)) as api,
+        contextlib.aclosing(
+            AgentApi(gateway.turns, gateway.api.config, gateway.api.admission, ping_s=0.03)
+        ) as api,
     ):
         session = await gateway.sessions.create(deadline_s=0.1)
         decoded = api.decode(

@@ -22,6 +22,8 @@ from tokentape.engines.pool import PoolConfig
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError
 from tokentape.formatfile import read_formats
+from tokentape.gateway.admission import AdmissionLimits
+from tokentape.gateway.memory import MemoryLimits
 from tokentape.gateway.parts import GatewayConfig
 from tokentape.gateway.service import ServiceConfig, running
 from tokentape.gateway.turn import Capture
@@ -127,6 +129,46 @@ from tokentape.volatile import RULES as VOLATILE
     help="Generations at a time.",
 )
 @click.option(
+    "--max-turns-running",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Requests that are answered at a time.",
+)
+@click.option(
+    "--max-turns-waiting",
+    type=click.IntRange(min=0),
+    default=8192,
+    show_default=True,
+    help="Requests that wait for that; more get a 429.",
+)
+@click.option(
+    "--turn-timeout",
+    type=SECONDS,
+    help="Seconds for a whole turn: waiting, retries and generation; default: no limit.",
+)
+@click.option(
+    "--max-sessions-in-memory",
+    type=click.IntRange(min=1),
+    default=10_000,
+    show_default=True,
+    help="Open sessions in memory; the others are read from the store when they are used.",
+)
+@click.option(
+    "--max-memory-mb",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Memory for the sessions in memory, roughly.",
+)
+@click.option(
+    "--max-requests-mb",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Bodies of all requests under way, together; more get a 429.",
+)
+@click.option(
     "--max-body-mb", type=click.IntRange(min=1), default=64, show_default=True, help="Largest request."
 )
 @click.option(
@@ -164,6 +206,12 @@ def serve(
     token_timeout: float,
     timeout: float,
     max_connections: int,
+    max_turns_running: int,
+    max_turns_waiting: int,
+    turn_timeout: float | None,
+    max_sessions_in_memory: int,
+    max_memory_mb: int,
+    max_requests_mb: int,
     max_body_mb: int,
     drain_timeout: float,
     log_level: str,
@@ -203,6 +251,10 @@ def serve(
         auto_sessions=auto_sessions,
         default_max_tokens=max_tokens,
         drain_s=drain_timeout,
+        memory=MemoryLimits(max_sessions_in_memory, max_memory_mb * 2**20),
+        admission=AdmissionLimits(
+            max_turns_running, max_turns_waiting, turn_timeout, max_requests_mb * 2**20
+        ),
         http=GatewayConfig(
             model=served_model_name,
             api_key=api_key,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tokentape.errors import ClientGone, EngineError, InternalError, NotFound, TokentapeError
+from tokentape.errors import ClientGone, EngineError, InternalError, NotFound, Overloaded, TokentapeError
 from tokentape.gateway import chat, messages, responses
 from tokentape.gateway.parts import Gateway
 from tokentape.gateway.sessions import Session
@@ -126,6 +126,8 @@ class Refusal:
         """An error in a wire's shape; `status` is its own unless given."""
         # OpenAI's and Anthropic's SDKs retry 409 and 5xx on their own: the header says what is worth it.
         headers = {"x-should-retry": "true" if error.retryable else "false"}
+        if isinstance(error, Overloaded):
+            headers["Retry-After"] = str(error.retry_after_s)
         return cls(status or error.status, headers, msgspec.json.encode(wire.error_body(error)))
 
 

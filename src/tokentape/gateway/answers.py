@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Sequence
 from typing import Any
 
 from tokentape.errors import InternalError, TokentapeError
@@ -62,9 +62,14 @@ class Answer:
         return self._stopped and self.running
 
     @property
+    def in_use(self) -> bool:
+        """Whether the work has not ended, or a connection holds the answer."""
+        return self.running or self._num_holders > 0
+
+    @property
     def lost(self) -> bool:
         """Whether nobody has received the committed turns, and nobody is about to."""
-        return self.committed and not (self.delivered or self._num_holders or self.running)
+        return self.committed and not (self.delivered or self.in_use)
 
     @contextlib.contextmanager
     def held(self) -> Generator["Answer"]:
@@ -134,6 +139,10 @@ class Answer:
         """Keep no events and no prompts for an answer that nobody holds: the turns are in the tree."""
         if not self._num_holders and not self.running:
             self._events, self._task = [], None
+            self._when_ended, self._why = (
+                _nothing,
+                InternalError,
+            )  # the way back to the session
 
 
 async def stop_all(answers: Sequence[Answer]) -> None:
@@ -154,6 +163,20 @@ class Answers:
     def __init__(self) -> None:
         self._by_digest: dict[str, list[Answer]] = {}
         self._by_request: dict[str, Answer] = {}
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any is being made, or held by a connection."""
+        return any(answer.in_use for answer in self._by_request.values())
+
+    def delivered(self, turns: Iterable[Turn]) -> frozenset[str]:
+        """The requests whose answer has arrived, but for those that the `turns` show it of: they went on."""
+        went_on = {turn.parent_id for turn in turns}
+        return frozenset(
+            request_id
+            for request_id, answer in self._by_request.items()
+            if answer.delivered and went_on.isdisjoint(answer.turn_ids)
+        )
 
     def add(self, digest: str, answer: Answer) -> None:
         """Keep an answer, until it fails."""

@@ -1,12 +1,14 @@
 """The agents' side of the gateway without HTTP: a request of any wire in, the pieces of its reply out."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from typing import Any
 
-from tokentape.errors import TokentapeError
+from tokentape.errors import Overloaded, TokentapeError
+from tokentape.gateway.admission import Admission, Deadline
 from tokentape.gateway.answers import Answer, stop_all
-from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started
+from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, TurnRequest
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.turn import Turns, new_turn_id
 from tokentape.gateway.wire import AgentRequest, Decoded, Wire, WireConfig, Writer
@@ -29,8 +31,11 @@ class AgentApi:
     says that it is alive.
     """
 
-    def __init__(self, turns: Turns, config: WireConfig, *, ping_s: float = 15.0) -> None:
+    def __init__(
+        self, turns: Turns, config: WireConfig, admission: Admission, *, ping_s: float = 15.0
+    ) -> None:
         self.config = config
+        self.admission = admission
         self._turns = turns
         self._ping_s = ping_s
         self._running: set[Answer] = set()
@@ -78,12 +83,32 @@ class AgentApi:
                 session.answers.remove(request.origin.digest, answer)
 
         def work(emit: Emit) -> Coroutine[Any, Any, list[Done]]:
-            return self._turns.run(session, request, answer.turn_ids, emit)
+            return self._admitted(session, request, answer.turn_ids, emit)
 
         self._running.add(answer)
         session.answers.add(request.origin.digest, answer)
         answer.start(work, ended=ended, why=session.cancelled)
         return answer
+
+    async def _admitted(
+        self, session: Session, request: TurnRequest, turn_ids: Sequence[str], emit: Emit
+    ) -> list[Done]:
+        """Run the turns of a request when they have their place; what ends the wait is a failed turn, too."""
+        deadline = Deadline(session, self.admission.limits.turn_timeout_s)
+        try:
+            await self.admission.enter(session.session_id, deadline)
+        except asyncio.CancelledError:
+            await self._turns.fail(session, session.cancelled(), 0)
+            raise
+        except Overloaded:  # nothing has begun
+            raise
+        except TokentapeError as error:
+            await self._turns.fail(session, error, 0)
+            raise
+        try:
+            return await self._turns.run(session, request, turn_ids, emit, deadline)
+        finally:
+            self.admission.leave()
 
 
 class Answering:

@@ -29,8 +29,9 @@ from tokentape.gateway.agents import (
     spoken,
     to_typed,
 )
+from tokentape.gateway.credit import Credit
 from tokentape.gateway.parts import Gateway, info_json
-from tokentape.gateway.sessions import Credit, Session
+from tokentape.gateway.sessions import Session
 from tokentape.gateway.wire import Decoded, Wire
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
@@ -86,7 +87,8 @@ def _boundary(gateway: Gateway) -> Any:
         try:
             if gateway.config.api_key is not None and request.path not in _OPEN_ROUTES:
                 _authorise(request, gateway.config.api_key)
-            return await handler(request)
+            with gateway.api.admission.reading(_body_bytes(request, gateway.config.max_body_bytes)):
+                return await handler(request)
         except web.HTTPRequestEntityTooLarge:
             text = f"the body is larger than {gateway.config.max_body_bytes} bytes"
             return _error(request, TooLarge(text))
@@ -136,6 +138,15 @@ def _authorise(request: web.Request, api_key: str) -> None:
         request[_SESSION] = session_id
         return
     raise Unauthorized("a valid API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`")
+
+
+def _body_bytes(request: web.Request, most: int) -> int:
+    """How large the body may become: its length, or the largest there is where that does not say."""
+    if not request.body_exists:
+        return 0
+    if request.content_length is None or "Content-Encoding" in request.headers:
+        return most
+    return min(request.content_length, most)
 
 
 def _is_there(request: web.Request) -> bool:
@@ -195,7 +206,7 @@ class _Routes:
 
     async def samples(self, request: web.Request) -> web.Response:
         session = await self._sessions.get(request.match_info["session_id"])
-        batch = samples(session.record, session.tree.tapes())
+        batch = await session.read(lambda: samples(session.record, session.tree.tapes()))
         if ARROW_STREAM in request.headers.get("Accept", ""):
             return web.Response(
                 body=await asyncio.to_thread(to_arrow_stream, batch), content_type=ARROW_STREAM

@@ -15,7 +15,9 @@ from tokentape.engines.resume import ResumingEngine
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import ConfigError, TokentapeError
 from tokentape.formats import FORMATS, Detected, Format, detect
+from tokentape.gateway.admission import Admission, AdmissionLimits
 from tokentape.gateway.api import AgentApi
+from tokentape.gateway.memory import MemoryLimits
 from tokentape.gateway.plan import Planner
 from tokentape.gateway.sessions import Session, Sessions
 from tokentape.gateway.turn import Capture, Turns
@@ -55,7 +57,8 @@ class PartsConfig:
     `store` is None to keep the sessions in memory only. `tool_format` and `reasoning_format` are "auto" or
     the name of a row: of `formats`, which come first, or of `formats.FORMATS`. `template_arguments` are the
     chat template's, where a request does not say otherwise. `volatile` are names of `volatile.RULES`, or
-    regular expressions. `capture` is what the engine is asked for beside the tokens.
+    regular expressions. `capture` is what the engine is asked for beside the tokens. `memory` bounds what is
+    kept, `admission` what goes on at a time.
     """
 
     model: str
@@ -71,6 +74,8 @@ class PartsConfig:
     default_max_tokens: int = 4096
     volatile: tuple[str, ...] = ("billing-header",)
     capture: Capture = field(default_factory=Capture)
+    memory: MemoryLimits = field(default_factory=MemoryLimits)
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     http: GatewayConfig = field(default_factory=lambda: GatewayConfig(model="policy"))
 
 
@@ -129,7 +134,12 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
         await weights.load()
         volatile = Volatile.of(config.volatile)
         sessions = Sessions(
-            store, renderer.template.content_tests, volatile, metrics, auto_sessions=config.auto_sessions
+            store,
+            renderer.template.content_tests,
+            volatile,
+            metrics,
+            auto_sessions=config.auto_sessions,
+            limits=config.memory,
         )
         turns = Turns(
             engine,
@@ -154,7 +164,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
             config.template_arguments,
             config.http.strict,
         )
-        api = AgentApi(turns, wires)
+        api = AgentApi(turns, wires, Admission(config.admission, metrics))
         stack.push_async_callback(api.aclose)
         await stack.enter_async_context(_learning(engine, turns.planner, wait=ask_engine))
         yield Gateway(config.http, engine, pool, weights, store, sessions, turns, api, metrics)

@@ -1,15 +1,15 @@
-"""Open sessions: their trees in memory, their records in the store, their limits and counts."""
+"""Open sessions: in memory while they are used, in the store for good; their limits and counts."""
 
 import asyncio
-import math
+import contextlib
 import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Raw
@@ -22,9 +22,13 @@ from tokentape.errors import (
     RequestError,
     SessionClosed,
     SessionExists,
+    SessionSealed,
+    StoreError,
     TokentapeError,
 )
 from tokentape.gateway.answers import Answers
+from tokentape.gateway.credit import Credit, check_metadata, credited
+from tokentape.gateway.memory import Memo, Memory, MemoryLimits, size_of
 from tokentape.gateway.replays import Replays
 from tokentape.metrics import Metrics
 from tokentape.render import Frame
@@ -35,45 +39,11 @@ from tokentape.types import Json, Message, Sampling
 from tokentape.volatile import NOTHING, Volatile
 
 _T = TypeVar("_T")
-_MEMO_BYTES = 32 * 2**20
+_MAX_DELIVERED = 100_000
 SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~:@-]{0,127}")
 
 
-class Memo:
-    """What replayed bytes mean, decoded once; the oldest is forgotten beyond `_MEMO_BYTES`."""
-
-    def __init__(self) -> None:
-        self._kept: dict[bytes, tuple[Any, int]] = {}
-        self._num_bytes = 0
-
-    def get(self, kind: str, raw: Raw | bytes, decode: Callable[[], _T]) -> _T:
-        """The meaning of `raw`; `decode` is asked where it is not known."""
-        key = blake2b(raw, digest_size=16, person=kind.encode()).digest()
-        if (found := self._kept.get(key)) is not None:
-            return found[0]
-        meaning, num_bytes = decode(), len(bytes(raw))
-        self._kept[key] = meaning, num_bytes
-        self._num_bytes += num_bytes
-        while self._num_bytes > _MEMO_BYTES and len(self._kept) > 1:
-            self._num_bytes -= self._kept.pop(next(iter(self._kept)))[1]
-        return meaning
-
-
-class Credit(msgspec.Struct, forbid_unknown_fields=True):
-    """What a session, its turns and its branches earned: `POST /sessions/{id}/rewards`, and with `/finish`.
-
-    `reward` is the session's; `turn_rewards` are by the turn's id, `branch_rewards` by the id of the branch's
-    last turn and stand in the session's place there. What is given replaces what was there, null removes it
-    (a session's `reward` stays). `metadata` is added.
-    """
-
-    reward: float | None = None
-    turn_rewards: dict[str, float | None] = msgspec.field(default_factory=dict[str, "float | None"])
-    branch_rewards: dict[str, float | None] = msgspec.field(default_factory=dict[str, "float | None"])
-    metadata: Json = msgspec.field(default_factory=dict[str, Any])
-
-
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Session:
     """One episode. Turns may run side by side; commits happen one at a time, under `commit_lock`.
 
@@ -90,11 +60,22 @@ class Session:
     ending: TokentapeError | None = None
     replays: Replays = field(default_factory=Replays)
     _memo: Memo = field(default_factory=Memo)
+    _num_turn_bytes: int = 0
 
     @property
     def session_id(self) -> str:
         """The session's id."""
         return self.record.session_id
+
+    @property
+    def num_bytes(self) -> int:
+        """Roughly what the session takes in memory."""
+        return self._num_turn_bytes + self._memo.num_bytes
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being done with the session."""
+        return self.ending is None and not self.commit_lock.locked() and not self.answers.in_use
 
     def frame(self, tools: bytes, arguments: bytes) -> tuple[Frame, tuple[bytes, bytes]]:
         """Tools (OpenAI's shape) and template arguments from their JSON, with their identity."""
@@ -113,7 +94,12 @@ class Session:
         return self._memo.get(wire, raw, lambda: tuple(self.tree.know(message) for message in decode()))
 
     def check_open(self) -> None:
-        """Raise `SessionClosed` unless the session takes turns."""
+        """Raise `SessionClosed` or `SessionSealed` unless the session takes turns."""
+        if self.record.state == "sealed":
+            raise SessionSealed(
+                f"session {self.session_id!r} is sealed: a commit failed half-way; the next request reads "
+                "it from the store again, and goes on with what is there"
+            )
         if self.record.state != "open":
             raise SessionClosed(f"session {self.session_id!r} is {self.record.state}: it takes no more turns")
         if self.ending is not None:
@@ -161,9 +147,19 @@ class Session:
         if left is not None and num_tokens > left:
             raise LimitReached(f"session {self.session_id!r} has {left} tokens left, not {num_tokens}")
 
+    def seal(self) -> None:
+        """Take no more turns: the tree may not be what the store has. The store's state is not changed."""
+        self.record = replace(self.record, state="sealed")
+
+    async def read(self, question: Callable[[], _T]) -> _T:
+        """The answer to a question about the tree, found in a thread; nothing is committed meanwhile."""
+        async with self.commit_lock:
+            return await asyncio.to_thread(question)
+
     def commit(self, turn: Turn) -> None:
         """Append a durable turn."""
         self.tree.commit(turn)
+        self._num_turn_bytes += size_of(turn)
         self.num_sampled_tokens += len(turn.completion)
         self.answers.commit(turn)
         parent = self.tree.turn(turn.parent_id) if turn.parent_id is not None else None
@@ -213,14 +209,19 @@ class Sessions:
         metrics: Metrics,
         *,
         auto_sessions: bool = False,
+        limits: MemoryLimits | None = None,
     ) -> None:
         self._store = store
         self._content_tests = content_tests
         self._volatile = volatile
         self._metrics = metrics
         self._auto_sessions = auto_sessions
-        self._sessions: dict[str, Session] = {}
-        self._lock = asyncio.Lock()
+        self._memory: Memory[Session] = Memory(limits or MemoryLimits(), self._left)
+        self._delivered: dict[str, frozenset[str]] = {}  # of sessions that left memory; the oldest first
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._one_restore = asyncio.Semaphore(1)  # several threads would keep the event loop from running
+        metrics.sessions.set_function(lambda: len(self._memory))
+        metrics.session_bytes.set_function(lambda: self._memory.num_bytes)
 
     async def create(
         self,
@@ -239,10 +240,10 @@ class Sessions:
             SessionExists: the id is taken.
             RequestError: the id has characters that a URL or a header cannot carry.
         """
-        _check_metadata(metadata or {})
-        if session_id is None:
-            session_id = new_session_id()
-        elif not SESSION_ID.fullmatch(session_id):
+        check_metadata(metadata or {})
+        given = session_id is not None
+        session_id = session_id if session_id is not None else new_session_id()
+        if not SESSION_ID.fullmatch(session_id):
             raise RequestError(
                 "session_id must be 1 to 128 letters, digits or ._~:@- and start with a letter or digit",
                 param="session_id",
@@ -259,11 +260,13 @@ class Sessions:
             None if deadline_s is None else now + deadline_s,
             group_id=group_id,
         )
-        async with self._lock:
-            if await self._find(session_id) is not None:
+        async with self._locked(session_id):
+            if given and await self._find(session_id) is not None:
                 raise SessionExists(f"session {session_id!r} exists already", param="session_id")
             await self._store.put_session(record)
-            return self._keep(Session(record, Tree(self._content_tests, self._volatile)))
+            session = Session(record, Tree(self._content_tests, self._volatile))
+            self._memory.use(session)
+            return session
 
     async def get(self, session_id: str, *, used: bool = False) -> Session:
         """The session of this id, as it was when it was last committed.
@@ -273,12 +276,13 @@ class Sessions:
         Raises:
             NotFound: there is none.
         """
-        session = self._sessions.get(session_id)
+        session = self._memory.get(session_id)
+        if session is None or session.record.state == "sealed":
+            async with self._locked(session_id):
+                session = await self._find(session_id)
         if session is not None:
-            return session
-        async with self._lock:
-            session = await self._find(session_id)
-        if session is not None:
+            if session.record.state == "open":
+                self._memory.use(session)
             return session
         if not (used and self._auto_sessions):
             raise NotFound(f"session {session_id!r} does not exist: create it with POST /sessions")
@@ -287,7 +291,7 @@ class Sessions:
         except SessionExists:  # another request of the same agent was first
             return await self.get(session_id)
 
-    async def credit(self, session: Session, credit: "Credit") -> None:
+    async def credit(self, session: Session, credit: Credit) -> None:
         """Add rewards and metadata to a session that is open.
 
         Raises:
@@ -296,14 +300,12 @@ class Sessions:
         """
         await to_the_end(self._credit(session, credit))
 
-    async def _credit(self, session: Session, credit: "Credit") -> None:
+    async def _credit(self, session: Session, credit: Credit) -> None:
         async with session.commit_lock:
             session.check_open()
-            record = _credited(session, credit)
-            await self._store.put_session(record)
-            session.record = record
+            await self._put_record(session, credited(session.record, session.tree, credit))
 
-    async def finish(self, session: Session, credit: "Credit") -> None:
+    async def finish(self, session: Session, credit: Credit) -> None:
         """Close a session, with rewards and metadata as `credit` takes them.
 
         Finishing again changes nothing, and is an error only where it would.
@@ -312,10 +314,10 @@ class Sessions:
             SessionClosed: it is finished with other rewards or other metadata.
             RequestError: a reward is not finite, or for a turn or a branch that is not there.
         """
-        _credited(session, credit)  # before anything is stopped
+        credited(session.record, session.tree, credit)  # before anything is stopped
         await to_the_end(self._finish(session, credit))
 
-    async def _finish(self, session: Session, credit: "Credit") -> None:
+    async def _finish(self, session: Session, credit: Credit) -> None:
         if session.record.state == "open":
             await session.end(SessionClosed(f"session {session.session_id!r} is being finished"))
         try:
@@ -324,11 +326,13 @@ class Sessions:
             session.ending = None
             raise
 
-    async def _finish_ended(self, session: Session, credit: "Credit") -> None:
+    async def _finish_ended(self, session: Session, credit: Credit) -> None:
         async with session.commit_lock:
             if session.record.state == "deleted":
                 raise NotFound(f"session {session.session_id!r} does not exist")
-            record = replace(_credited(session, credit, last=True), state="finished")
+            if session.record.state == "sealed":
+                session.check_open()
+            record = replace(credited(session.record, session.tree, credit, last=True), state="finished")
             if session.record.state == "finished":
                 if record.reward != session.record.reward:
                     raise SessionClosed(
@@ -338,9 +342,8 @@ class Sessions:
                     what = "metadata" if record.metadata != session.record.metadata else "rewards"
                     raise SessionClosed(f"session {session.session_id!r} is finished with other {what}")
                 return
-            await self._store.put_session(record)
-            session.record = record
-            self._forget(session)
+            await self._put_record(session, record)
+            self._memory.let_go(session)
 
     async def delete(self, session_id: str) -> None:
         """Remove a session from memory and store.
@@ -354,12 +357,14 @@ class Sessions:
         session = await self.get(session_id)
         await session.end(SessionClosed(f"session {session_id!r} is being deleted"))
         try:
-            async with self._lock, session.commit_lock:
+            async with self._locked(session_id), session.commit_lock:
+                if session.record.state == "sealed":  # another copy may have been made
+                    session.check_open()
                 if session.record.state == "deleted":  # by somebody else; the id may be another's by now
                     raise NotFound(f"session {session_id!r} does not exist")
                 await self._store.delete(session_id)
                 session.record = replace(session.record, state="deleted")  # late turns find it closed
-                self._forget(session)
+                self._memory.forget(session)
         except TokentapeError:
             session.ending = None
             raise
@@ -370,7 +375,7 @@ class Sessions:
 
     async def end_all(self, reason: TokentapeError) -> None:
         """End every open session here; in the store they stay open, and may be continued another time."""
-        await asyncio.gather(*(session.end(reason) for session in self._sessions.values()))
+        await asyncio.gather(*(session.end(reason) for session in self._memory.all()))
 
     async def fail(self, session: Session, error: TokentapeError, num_tokens: int) -> None:
         """Count a turn that was not committed, and keep what it was."""
@@ -382,71 +387,68 @@ class Sessions:
             session.session_id, Failure(error.kind, str(error), num_tokens, time.time())
         )
 
+    async def commit(self, session: Session, turns: Sequence[Turn]) -> None:
+        """Make turns durable, then append them to the tree; the caller has the session's commit lock.
+
+        Raises:
+            StoreError: nothing was appended. Where nobody knows what the store has, the session is sealed.
+        """
+        with _sealing(session):
+            await self._store.put_turns(session.session_id, turns)
+        try:
+            for turn in turns:
+                session.commit(turn)
+        except BaseException:  # the store has what the tree has not
+            session.seal()
+            raise
+        self._memory.use(session)
+
+    async def _put_record(self, session: Session, record: SessionRecord) -> None:
+        with _sealing(session):
+            await self._store.put_session(record)
+        session.record = record
+
     async def _find(self, session_id: str) -> Session | None:
-        session = self._sessions.get(session_id)
-        if session is not None:
+        """The session in memory, or read from the store; the caller has the lock of this id."""
+        session = self._memory.get(session_id)
+        if session is not None and session.record.state != "sealed":
             return session
+        if session is not None:
+            await session.answers.stop()  # what it still does to the store comes before the question
+            self._left(session)
+            self._memory.forget(session)
         if not SESSION_ID.fullmatch(session_id):  # no such id was ever given; it may not even be text
             return None
         stored = await self._store.load(session_id)
         if stored is None:
             return None
-        session = restore(stored, self._content_tests, self._volatile)
-        return self._keep(session) if session.record.state == "open" else session
-
-    def _forget(self, session: Session) -> None:
-        """Free the memory of a session that takes no more turns; it is read from the store when asked for."""
-        self._sessions.pop(session.session_id, None)
-        self._metrics.sessions.set(len(self._sessions))
-
-    def _keep(self, session: Session) -> Session:
-        self._sessions[session.session_id] = session
-        self._metrics.sessions.set(len(self._sessions))
+        async with self._one_restore:
+            session = await asyncio.to_thread(restore, stored, self._content_tests, self._volatile)
+        for request_id in self._delivered.pop(session_id, ()):
+            session.answers.received(request_id)
+        self._memory.see(session)
         return session
+
+    @contextlib.asynccontextmanager
+    async def _locked(self, session_id: str) -> AsyncGenerator[None]:
+        """One at a time reads, makes or deletes the session of this id."""
+        lock = self._locks.get(session_id)
+        if lock is None:
+            lock = self._locks[session_id] = asyncio.Lock()
+        async with lock:
+            yield
+
+    def _left(self, session: Session) -> None:
+        """Remember of a session that leaves memory what the store does not: which replies have arrived."""
+        if delivered := session.answers.delivered(session.tree.turns()):
+            self._delivered[session.session_id] = delivered
+            if len(self._delivered) > _MAX_DELIVERED:  # these come back as after a restart
+                del self._delivered[next(iter(self._delivered))]
 
 
 def new_session_id() -> str:
     """An id that cannot be guessed."""
     return f"s-{secrets.token_urlsafe(18).replace('_', '~')}"
-
-
-def _credited(session: Session, credit: Credit, *, last: bool = False) -> SessionRecord:
-    """The session's record with a credit added; `last`: every rewarded branch must be one."""
-    _check_metadata(credit.metadata)
-    record, tree = session.record, session.tree
-    turn_rewards = _merged(record.turn_rewards, credit.turn_rewards)
-    branch_rewards = _merged(record.branch_rewards, credit.branch_rewards)
-    given = {**turn_rewards, **branch_rewards, "reward": credit.reward or 0.0}
-    if wrong := next((name for name, value in given.items() if not math.isfinite(value)), None):
-        raise RequestError(f"the reward of {wrong} is not a finite number", param="reward")
-    if turn_id := next((turn_id for turn_id in turn_rewards if turn_id not in tree), None):
-        raise RequestError(f"turn_rewards: the session has no turn {turn_id!r}", param="turn_rewards")
-    asked = branch_rewards if last else _merged({}, credit.branch_rewards)
-    if asked:
-        ends = tree.ends(tree.labels())
-        if other := next((key for key in asked if key not in ends), None):
-            raise RequestError(
-                f"branch_rewards: no branch ends with turn {other!r}; those of the session end with "
-                f"{', '.join(ends)}. A branch that has gone on is named by its new end; null takes back",
-                param="branch_rewards",
-            )
-    return replace(
-        record,
-        reward=record.reward if credit.reward is None else credit.reward,
-        turn_rewards=turn_rewards,
-        branch_rewards=branch_rewards,
-        metadata={**record.metadata, **credit.metadata},
-    )
-
-
-def _merged(old: Mapping[str, float], new: Mapping[str, float | None]) -> dict[str, float]:
-    both = {**old, **new}
-    return {key: value for key, value in both.items() if value is not None}
-
-
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    if "tokentape" in metadata:
-        raise RequestError("the metadata key `tokentape` is the gateway's own", param="metadata.tokentape")
 
 
 async def to_the_end(work: Coroutine[Any, Any, _T], *, then_cancel: bool = True) -> _T:
@@ -475,3 +477,14 @@ def restore(
     for turn in stored.turns:
         session.commit(turn)
     return session
+
+
+@contextlib.contextmanager
+def _sealing(session: Session) -> Generator[None]:
+    """Seal the session where nobody knows whether the store has changed."""
+    try:
+        yield
+    except StoreError as error:
+        if error.uncertain:
+            session.seal()
+        raise

@@ -8,7 +8,7 @@ import secrets
 import string
 import time
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,6 +25,7 @@ from tokentape.errors import (
     TokentapeError,
 )
 from tokentape.formats import FORMATS, Format, foreign
+from tokentape.gateway.admission import Deadline
 from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, TurnRequest
 from tokentape.gateway.plan import Plan, Planner
 from tokentape.gateway.sessions import Session, Sessions, to_the_end
@@ -135,7 +136,12 @@ class Turns:
         )
 
     async def run(
-        self, session: Session, request: TurnRequest, turn_ids: Sequence[str], emit: Emit
+        self,
+        session: Session,
+        request: TurnRequest,
+        turn_ids: Sequence[str],
+        emit: Emit,
+        deadline: Deadline,
     ) -> list[Done]:
         """Sample the turns that a request asks for, one a choice, and commit them together.
 
@@ -165,7 +171,7 @@ class Turns:
         self._metrics.active_turns.inc()
         try:
             await forward(Started(tuple(turn_ids), len(plan.prompt), time.time()))
-            async with _deadline(session):
+            async with deadline.within():
                 sampled = await self._sample(session, request, plan, turn_ids, forward)
         except asyncio.CancelledError:
             await self.fail(session, session.cancelled(), num_tokens)
@@ -321,9 +327,7 @@ class Turns:
                 for turn in turns:
                     turn.verify()
                 await self._weights.saw(span.version for turn in turns for span in turn.versions)
-                await self._store.put_turns(session.session_id, turns)
-                for turn in turns:
-                    session.commit(turn)
+                await self._sessions.commit(session, turns)
         except TokentapeError as error:  # the store failed; or the session is finished, or full, meanwhile
             await self.fail(session, error, num_tokens)
             raise
@@ -406,23 +410,6 @@ class Turns:
         metrics.rendered_tokens.inc(len(turn.prompt))
         metrics.neutralised.inc(len(turn.neutralised))
         metrics.ignored_fields.inc(len(turn.origin.ignored))
-
-
-@contextlib.asynccontextmanager
-async def _deadline(session: Session) -> AsyncGenerator[None]:
-    """Ends what runs inside when the session's time is over.
-
-    Raises:
-        LimitReached: it is.
-    """
-    limit = asyncio.timeout(session.seconds_left())
-    try:
-        async with limit:
-            yield
-    except TimeoutError:
-        if not limit.expired():  # the engine's own
-            raise
-        raise LimitReached(f"session {session.session_id!r} has reached its deadline") from None
 
 
 def _experts_from(plan: Plan) -> int:

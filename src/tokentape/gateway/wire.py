@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Raw
 
-from tokentape.errors import ContextOverflow, RequestError, TokentapeError
+from tokentape.errors import ContextOverflow, Overloaded, RequestError, TokentapeError
 from tokentape.gateway.exchange import Done, Progress, Started, TurnRequest
 from tokentape.gateway.sessions import Session
 from tokentape.tape import Origin
@@ -143,6 +143,8 @@ def openai_error(error: TokentapeError) -> Json:
     """An error in OpenAI's shape."""
     code = "context_length_exceeded" if isinstance(error, ContextOverflow) else error.kind
     kind = "invalid_request_error" if error.status < 500 else "server_error"
+    if isinstance(error, Overloaded):
+        kind, code = "requests", "rate_limit_exceeded"
     param = error.param if isinstance(error, RequestError) else None
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 

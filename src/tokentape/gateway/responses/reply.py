@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from tokentape.errors import ContextOverflow, TokentapeError
+from tokentape.errors import ContextOverflow, Overloaded, TokentapeError
 from tokentape.gateway.exchange import Done, Progress, Started
 from tokentape.gateway.responses.items import item_id
 from tokentape.gateway.responses.output import (
@@ -84,7 +84,7 @@ class ResponsesWriter:
         """The end of a stream that failed: a failed response, then an error, on which the SDK raises."""
         body = error_body(error)["error"]
         code = "server_error" if error.status >= 500 else "invalid_prompt"
-        if isinstance(error, ContextOverflow):
+        if isinstance(error, ContextOverflow | Overloaded):
             code = body["code"]
         failed = {
             **self._response,
