@@ -30,7 +30,7 @@ _MAX_REMEMBERED = 256  # sequences in the pretended prefix cache
 
 
 class FakeSGLang:
-    """`async with FakeSGLang() as fake:` serves SGLang's native protocol at `fake.url`, a free local port.
+    """`async with FakeSGLang() as fake:` serves SGLang's native protocol at `fake.url`: `port`, or a free one.
 
     What it answers: the items given to `script`, in order; then what `responder` says of the request;
     without one, the prompt's last four ids and a stop. Requests that run at the same time take the script's
@@ -61,6 +61,7 @@ class FakeSGLang:
         context_length: int = 8192,
         incremental: bool = False,
         responder: Callable[[ReceivedRequest], Reply | Fault] | None = None,
+        port: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or (tokenizer.get_vocab_size() if tokenizer else 32_000)
@@ -77,7 +78,7 @@ class FakeSGLang:
         self._script: deque[Reply | Fault] = deque()
         self._running: dict[str, ReceivedRequest] = {}
         self._seen: deque[array[int]] = deque(maxlen=_MAX_REMEMBERED)
-        self._port = 0
+        self._port = port
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
         self._dying: asyncio.Task[None] | None = None
