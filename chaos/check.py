@@ -8,7 +8,6 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from truth import Account, Acknowledged, Episode, Generation
@@ -50,22 +49,21 @@ def _exported(rows: Sequence[Row]) -> Iterator[Exported]:
         for span in row["weight_versions"]:
             versions[span["start"] : span["end"]] = [span["version"]] * (span["end"] - span["start"])
         tokens = list(zip(row["token_ids"], row["logprobs"], versions, strict=True))
-        for before, turn in pairwise([None, *row["turns"]]):
+        parent_id = None
+        for turn in row["turns"]:
+            start, end = turn["start"], turn["end"]
             if turn["trained"]:
                 yield Exported(
-                    row["session_id"],
-                    turn["turn_id"],
-                    None if before is None else before["turn_id"],
-                    row["token_ids"][: turn["start"]],
-                    tokens[turn["start"] : turn["end"]],
+                    row["session_id"], turn["turn_id"], parent_id, row["token_ids"][:start], tokens[start:end]
                 )
+            parent_id = turn["turn_id"]
 
 
 # -- what the workers sampled
 
 
 def _engines(exported: Sequence[Exported], generations: Sequence[Generation]) -> Iterator[str]:
-    """Each turn is a generation, or parts of several, of which each began behind what was kept of those before."""
+    """Each turn is a generation, or parts of several, each begun behind what was kept of those before."""
     by_turn: dict[str, list[Generation]] = defaultdict(list)
     for generation in generations:
         by_turn[generation.turn_id].append(generation)
@@ -74,7 +72,8 @@ def _engines(exported: Sequence[Exported], generations: Sequence[Generation]) ->
         if not any(part.prompt_ids == turn.prompt_ids for part in parts):
             yield f"turn {turn.turn_id}: no worker was ever sent its prompt"
         elif not _is_sampled(turn.tokens, turn.prompt_ids, parts):
-            yield f"turn {turn.turn_id}: its tokens are not what the workers sampled: {_differences(turn, parts)}"
+            what = f"its tokens are not what the workers sampled: {_differences(turn, parts)}"
+            yield f"turn {turn.turn_id}: {what}"
 
 
 def _is_sampled(tokens: Tokens, prompt_ids: list[int], parts: Sequence[Generation]) -> bool:

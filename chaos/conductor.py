@@ -8,19 +8,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from truth import Account
 from worker import GARBAGE, LOSSES
 from world import Disk, Gateway, Worker
 
 _FAULTS = (*GARBAGE, *LOSSES, "slow", "kill", "hang", "new weights")
+_LONGEST_FULL_S = 40.0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much goes wrong in `seconds`: `num_kills` of the gateway, a worker's fault every `fault_s` or so."""
+    """What goes wrong in `seconds`: `num_kills` of the gateway, a worker's fault every `fault_s` or so.
+
+    `full_at_s` the disk gets full: until `full_s` seconds after that is felt, with one kill more.
+    """
 
     seconds: float
     num_kills: int
     fault_s: float
+    full_at_s: float
     full_s: float
 
 
@@ -28,13 +34,21 @@ class Conductor:
     """Plays a plan. `num_faults` counts what was done, by kind."""
 
     def __init__(
-        self, plan: Plan, gateway: Gateway, workers: Sequence[Worker], disk: Disk, seed: str
+        self,
+        plan: Plan,
+        gateway: Gateway,
+        workers: Sequence[Worker],
+        disk: Disk,
+        account: Account,
+        seed: str,
     ) -> None:
         self.num_faults: Counter[str] = Counter()
         self._plan = plan
         self._gateway = gateway
         self._workers = workers
         self._disk = disk
+        self._account = account
+        self._is_full = False
         self._seed = seed
         self._num_versions = 0
 
@@ -64,13 +78,33 @@ class Conductor:
                 self.num_faults["gateway killed" if was_ready else "gateway killed in its start"] += 1
 
     async def _fill_disk(self) -> None:
-        """Once; in the middle of it the gateway has to start anew if the plan kills it then."""
-        await asyncio.sleep(self._plan.seconds * 0.55)
-        pid = self._gateway.pid
-        await asyncio.to_thread(self._disk.fill, pid)
-        self.num_faults["disk full"] += 1
-        await asyncio.sleep(self._plan.full_s)
-        self._disk.free(pid)
+        """Until that is felt, and then for a while, in the middle of which the gateway is killed.
+
+        SQLite has room in its log at first, so it takes some seconds.
+        """
+        await asyncio.sleep(self._plan.full_at_s)
+        since = time.monotonic()
+        self._is_full = True
+        filling = asyncio.create_task(self._keep_full())
+        while not self._is_felt(since) and time.monotonic() < since + _LONGEST_FULL_S:  # noqa: ASYNC110  # a state, no event
+            await asyncio.sleep(0.1)
+        self.num_faults["disk full" if self._is_felt(since) else "disk full, and nobody felt it"] += 1
+        await asyncio.sleep(self._plan.full_s / 2)
+        if self._gateway.kill():
+            self.num_faults["gateway killed while the disk was full"] += 1
+        await asyncio.sleep(self._plan.full_s / 2)
+        self._is_full = False
+        await filling
+        self._disk.free(self._gateway.pid)
+
+    async def _keep_full(self) -> None:
+        """Take what the gateway lets go of, too; and where a limit stands for the disk, each new one's."""
+        while self._is_full:
+            await asyncio.to_thread(self._disk.fill, self._gateway.pid)
+            await asyncio.sleep(0.1)
+
+    def _is_felt(self, since: float) -> bool:
+        return any(retry.at > since and "store" in retry.why for retry in reversed(self._account.retries))
 
     async def _spoil(self, worker: Worker, rng: random.Random, ends: float) -> None:
         """One fault of a worker after another, each kind once before any comes again."""

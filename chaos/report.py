@@ -43,14 +43,16 @@ def report(
         f"{sum(episode.summary is not None for episode in account.episodes)} finished",
         "turns": f"{len(exported)} exported, {tokens:,} tokens trained; "
         f"{len(generations)} generations by the workers",
-        "acknowledged": f"{len(acknowledged)} turns, {len(account.acknowledged) - len(acknowledged)} told twice; "
+        "acknowledged": f"{len(acknowledged)} turns, "
+        f"{len(account.acknowledged) - len(acknowledged)} of them told twice; "
         f"{len(exported.keys() - acknowledged)} exported that no agent was told of (it had asked twice)",
         "retried": f"{len({(r.agent, r.request) for r in account.retries})} requests, "
         f"{len(account.retries)} tries: {_counted(Counter(r.why for r in account.retries))}",
         "failures": _counted(failures),
         "resumed": f"{len(resumed)} turns",
         "branches": _counted(branches),
-        "longest recovery": f"{_recovery_s(account):.1f} s from a gateway's end to the next acknowledged turn",
+        "longest request": f"{_longest_s(account):.1f} s from its first failed try to its reply",
+        "longest recovery": f"{_recovery_s(account):.1f} s from a gateway's end to the next reply",
     }
     for name, line in lines.items():
         table.add_row(name, line)
@@ -71,3 +73,12 @@ def _recovery_s(account: Account) -> float:
     """Seconds from a gateway's end to the next acknowledged turn, at the longest."""
     told = sorted(one.at for one in account.acknowledged)
     return max((next((at for at in told if at > kill), kill) - kill for kill in account.kills), default=0.0)
+
+
+def _longest_s(account: Account) -> float:
+    """Seconds from the first failed try of a request to its reply, at the longest."""
+    first: dict[tuple[str, int], float] = {}
+    for retry in account.retries:
+        first.setdefault((retry.agent, retry.request), retry.at)
+    told = [(one.at, first.get((one.agent, one.request))) for one in account.acknowledged]
+    return max((at - began for at, began in told if began is not None), default=0.0)

@@ -1,8 +1,8 @@
 """`make chaos`: agents under load, everything killed and spoiled around them, then the account.
 
-The gateway is the real `tokentape serve`; the workers are scripted and write down what they sample. At the end
-all sessions are finished and exported, and `check.py` compares the export with what is known to be true. Exit
-code 1 on any violation; what was recorded is kept then.
+The gateway is the real `tokentape serve`; the workers are scripted and write down what they sample. At the
+end all sessions are finished and exported, and `check.py` compares the export with what is known to be true.
+Exit code 1 on any violation; what was recorded is kept then.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from agents import Agent
 from check import check
 from conductor import Conductor, Plan
+from players import Agent
 from pyarrow import parquet
 from report import report
 from rich.console import Console
@@ -28,8 +28,8 @@ from world import Disk, Gateway, Worker
 
 from tokentape.testing import write_model_dir
 
-FULL = Plan(seconds=210, num_kills=20, fault_s=3.0, full_s=4.0)
-MINI = Plan(seconds=14, num_kills=2, fault_s=2.0, full_s=1.0)
+FULL = Plan(seconds=210, num_kills=19, fault_s=3.0, full_at_s=100, full_s=4.0)
+MINI = Plan(seconds=12, num_kills=2, fault_s=1.5, full_at_s=2, full_s=1.0)
 _LAST_S = 60.0  # for agents to end their sessions once all is well again
 
 
@@ -40,8 +40,8 @@ async def play(
     model = write_model_dir(directory / "model")
     workers = [Worker(f"worker{n}", directory, incremental=n % 2 == 1) for n in range(num_workers)]
     gateway = Gateway(directory, model, disk.path / "chaos.sqlite", [worker.url for worker in workers])
-    conductor = Conductor(plan, gateway, workers, disk, seed)
     account = Account(kills=gateway.kills)
+    conductor = Conductor(plan, gateway, workers, disk, account, seed)
     playing = True
     agents = [Agent(f"agent{n}", gateway.url, account, lambda: playing, seed) for n in range(num_agents)]
     async with contextlib.AsyncExitStack() as stack:

@@ -13,9 +13,9 @@ import msgspec
 class Generation(msgspec.Struct, frozen=True):
     """What a worker sampled for one request, written before any of it was sent.
 
-    `rid` is the turn's id, behind a resumption with `.2`, `.3`, … `ids` and `logprobs` (nats) are parallel. The
-    first `num_sound` of them were sent as they are; the rest may have been falsified, or not sent at all.
-    `mode` says what the worker did wrong.
+    `rid` is the turn's id, behind a resumption with `.2`, `.3`, … `ids` and `logprobs` (nats) are parallel.
+    The first `num_sound` of them were sent as they are; the rest may have been falsified, or not sent at
+    all. `mode` says what the worker did wrong.
     """
 
     rid: str

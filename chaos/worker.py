@@ -1,8 +1,8 @@
 """An engine worker whose truth is known: it writes down what it samples before it sends any of it.
 
-It serves SGLang's protocol through `FakeSGLang`. A line on its standard input says what goes wrong from now on
-(`KINDS`), and with which share of the requests: `{"mode": "cut", "share": 0.5}`. Its log has one JSON object a
-line (`truth.Generation`).
+It serves SGLang's protocol through `FakeSGLang`. A line on its standard input says what goes wrong from now
+on, and with which share of the requests: `{"mode": "cut", "share": 0.5}`; a mode is one of `GARBAGE` or
+`LOSSES`, "slow" or "none". Its log has one JSON object a line (`truth.Generation`).
 """
 
 import argparse
@@ -30,7 +30,6 @@ GARBAGE = ("not_json", "shifted_ids", "logprob", "missing", "wrong_count", "outs
 """Answers that contradict themselves: nothing of them may be exported."""
 LOSSES = ("cut", "disconnect", "stall", "status", "abort", "error_event")
 """Answers that end too early: what was sent of them was sampled."""
-KINDS = (*GARBAGE, *LOSSES, "slow", "none")
 
 
 class Sampler:

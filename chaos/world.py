@@ -133,7 +133,7 @@ class Gateway:
             await asyncio.sleep(_PAUSE_S)
 
     def kill(self) -> bool:
-        """kill -9, wherever it is; False where it is between two lives."""
+        """Send SIGKILL, wherever it is; False where it is between two lives."""
         if self._process is None or self._process.returncode is not None:
             return False
         self.kills.append(time.monotonic())
@@ -177,9 +177,10 @@ class Disk:
     def fill(self, pid: int | None) -> None:
         """From now on nothing can be written."""
         if self.is_mounted:
-            with contextlib.suppress(OSError), (self.path / "ballast").open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+            for num_bytes in (1 << 20, 4096):
+                with contextlib.suppress(OSError), (self.path / "ballast").open("ab", buffering=0) as file:
+                    while True:
+                        file.write(bytes(num_bytes))
         elif pid is not None:
             _limit_files(pid, 4096)
 

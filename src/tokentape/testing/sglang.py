@@ -30,7 +30,7 @@ _MAX_REMEMBERED = 256  # sequences in the pretended prefix cache
 
 
 class FakeSGLang:
-    """`async with FakeSGLang() as fake:` serves SGLang's native protocol at `fake.url`: `port`, or a free one.
+    """`async with FakeSGLang() as fake:` serves SGLang's native protocol at `fake.url`, a free local port.
 
     What it answers: the items given to `script`, in order; then what `responder` says of the request;
     without one, the prompt's last four ids and a stop. Requests that run at the same time take the script's
@@ -44,6 +44,8 @@ class FakeSGLang:
     `/abort_request` ends a running request with its
     partial ids, and every other whose rid begins with the same text (observed on the real one). Stop strings
     are not looked for.
+
+    `port` is the one to listen on, where it must be known before.
 
     With a `tokenizer` it also fills in `text`. `incremental` makes streams send deltas, as the server flag
     `--incremental-streaming-output` does. Set `weight_version` between requests to pretend a weight update.

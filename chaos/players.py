@@ -1,7 +1,8 @@
 """Agents that go on whatever happens: sessions of tool turns, retried as the providers' SDKs retry.
 
-An SDK tries a request three times, with a wait between that doubles, and says so in `x-stainless-retry-count`.
-It does not retry what fails inside a stream. Whatever it gives up, the agent's own loop asks again, from zero.
+An SDK tries a request three times, with a wait between that doubles, and says so in
+`x-stainless-retry-count`. It does not retry what fails inside a stream. Whatever it gives up, the agent's own
+loop asks again, from zero.
 """
 
 import asyncio
@@ -66,7 +67,9 @@ class Agent:
         self._account.episodes.append(episode)
         await self._control("/sessions", {"session_id": session_id, "metadata": {"agent": self.name}})
         conversation = _Conversation(rng.choice((Chat(), Messages())), rng, f"{session_id} hello")
-        for _ in range(rng.randint(*_TURNS)):
+        for number in range(rng.randint(*_TURNS)):
+            if number > 1 and not self._goes_on():
+                break
             if not episode.is_linear and rng.random() < 0.3:
                 conversation.go_back()
             max_tokens = rng.choice((24, 400, 400, 400))
@@ -148,14 +151,19 @@ class Agent:
         """Raise what an SDK makes of a status."""
         if response.status < 400:
             return
-        text = (await response.text())[:300]
+        text = await response.text()
+        try:
+            error = json.loads(text)["error"]
+            why = f"{response.status} {error.get('code') or error['type']}"
+        except (ValueError, KeyError):
+            why = f"{response.status} {text[:300]}"
         should = response.headers.get("x-should-retry")
         retryable = response.status in (408, 409, 429) or response.status >= 500
         if not retryable and should != "true":
-            raise Refused(f"{response.status} {text}")
+            raise Refused(f"{why}: {text[:300]}")
         wait = response.headers.get("Retry-After")
         wait_s = None if wait is None else min(float(wait), _LONGEST_WAIT_S)
-        raise _Failed(str(response.status), retryable=should != "false", wait_s=wait_s)
+        raise _Failed(why, retryable=should != "false", wait_s=wait_s)
 
     def _note(self, number: int, error: Exception) -> None:
         why = "connection"
@@ -185,10 +193,13 @@ class _Conversation:
         self._places.append(len(self.messages))
 
     def go_back(self) -> None:
-        """Forget what came after an earlier question, which is asked again."""
+        """Forget what came after an earlier question; ask it again, or another in its place."""
         at = self._rng.randrange(len(self._places))
         self.messages = self.messages[: self._places[at]]
         self._places = self._places[: at + 1]
+        last = self.messages[-1]
+        if isinstance(last["content"], str) and self._rng.random() < 0.5:
+            self.messages[-1] = {**last, "content": f"{last['content']}, world"}
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
