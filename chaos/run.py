@@ -30,6 +30,7 @@ from tokentape.testing import write_model_dir
 
 FULL = Plan(seconds=210, num_kills=19, fault_s=3.0, full_at_s=100, full_s=4.0)
 MINI = Plan(seconds=12, num_kills=2, fault_s=1.5, full_at_s=2, full_s=1.0)
+_START_S = 60.0
 _LAST_S = 60.0  # for agents to end their sessions once all is well again
 
 
@@ -50,7 +51,8 @@ async def play(
             stack.push_async_callback(worker.kill)
         supervisor = asyncio.create_task(gateway.supervise())
         stack.callback(supervisor.cancel)
-        await gateway.ready.wait()
+        stack.push_async_callback(gateway.stop)
+        await asyncio.wait_for(gateway.ready.wait(), _START_S)  # its log says why it never is
         runs = {asyncio.create_task(agent.run()): agent for agent in agents}
         await conductor.play()
         playing = False
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--mini", action="store_true", help="20 seconds with two kills: does it work?")
     parser.add_argument("--seed", default=str(time.time_ns() % 100_000), help="of all that is drawn")
     parser.add_argument("--agents", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=3, help="engine workers")
+    parser.add_argument("--workers", type=int, default=1, help="engine workers")
     parser.add_argument("--keep", type=Path, help="keep all that was recorded in this new directory")
     options = parser.parse_args()
     console = Console(width=120)

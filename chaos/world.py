@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000  # linux/sched.h, linux/mount.h
 _DISK_BYTES = 256 << 20
 _PAUSE_S = 0.1  # of the supervisor, before it starts a gateway again
 
@@ -154,7 +155,8 @@ class Gateway:
 class Disk:
     """Where the store is, and how it gets full.
 
-    As root a tmpfs of its own, filled with a ballast file. Where nothing can be mounted, the gateway's file
+    As root a tmpfs, filled with a ballast file; it is seen by this process and its children only, and ends with
+    them. Where nothing can be mounted, the gateway's file
     size limit stands in for it (`RLIMIT_FSIZE` of the running process): its writes fail in the same way.
     """
 
@@ -166,8 +168,13 @@ class Disk:
         """Mount it, if that is allowed."""
         path.mkdir()
         size = f"size={_DISK_BYTES}".encode()
-        libc = ctypes.CDLL(None, use_errno=True)
-        return cls(path, libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, size) == 0)
+        libc = ctypes.CDLL(None)
+        is_mounted = (
+            libc.unshare(_CLONE_NEWNS) == 0
+            and libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0
+            and libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, size) == 0
+        )
+        return cls(path, is_mounted)
 
     @property
     def kind(self) -> str:
@@ -192,7 +199,7 @@ class Disk:
             _limit_files(pid, resource.RLIM_INFINITY)
 
     def remove(self) -> None:
-        """Unmount it."""
+        """Unmount it: its directory can be removed then."""
         if self.is_mounted:
             subprocess.run(["umount", "-l", str(self.path)], check=False)
 
