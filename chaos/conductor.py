@@ -98,9 +98,13 @@ class Conductor:
         self._disk.free(self._gateway.pid)
 
     async def _keep_full(self) -> None:
-        """Take what the gateway lets go of, too; and where a limit stands for the disk, each new one's."""
+        """Take what the gateway lets go of, too; and where a limit stands for the disk, each new one's.
+
+        Under such a limit none could start: it holds for those that have.
+        """
         while self._is_full:
-            await asyncio.to_thread(self._disk.fill, self._gateway.pid)
+            pid = self._gateway.pid if self._gateway.ready.is_set() else None
+            await asyncio.to_thread(self._disk.fill, pid)
             await asyncio.sleep(0.1)
 
     def _is_felt(self, since: float) -> bool:

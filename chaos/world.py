@@ -155,9 +155,9 @@ class Gateway:
 class Disk:
     """Where the store is, and how it gets full.
 
-    As root a tmpfs, filled with a ballast file; it is seen by this process and its children only, and ends with
-    them. Where nothing can be mounted, the gateway's file
-    size limit stands in for it (`RLIMIT_FSIZE` of the running process): its writes fail in the same way.
+    As root a tmpfs, filled with a ballast file; only this process and its children see it, and it ends with
+    them. Where nothing can be mounted, the gateway's file size limit stands in for it (`RLIMIT_FSIZE` of the
+    running process): its writes fail, too.
     """
 
     path: Path
@@ -196,7 +196,7 @@ class Disk:
         if self.is_mounted:
             (self.path / "ballast").unlink(missing_ok=True)
         elif pid is not None:
-            _limit_files(pid, resource.RLIM_INFINITY)
+            _limit_files(pid, None)
 
     def remove(self) -> None:
         """Unmount it: its directory can be removed then."""
@@ -204,7 +204,8 @@ class Disk:
             subprocess.run(["umount", "-l", str(self.path)], check=False)
 
 
-def _limit_files(pid: int, num_bytes: int) -> None:
+def _limit_files(pid: int, num_bytes: int | None) -> None:
+    """Let a running process write no file beyond `num_bytes`; None: as far as it might before."""
     with contextlib.suppress(ProcessLookupError):  # killed meanwhile: the next life has no limit
         _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard if num_bytes is None else num_bytes, hard))
