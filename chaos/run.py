@@ -35,12 +35,21 @@ _LAST_S = 60.0  # for agents to end their sessions once all is well again
 
 
 async def play(
-    directory: Path, disk: Disk, plan: Plan, *, num_agents: int, num_workers: int, seed: str
+    directory: Path,
+    disk: Disk,
+    plan: Plan,
+    *,
+    num_agents: int,
+    num_workers: int,
+    seed: str,
+    options: Sequence[str],
 ) -> tuple[Account, Gateway, Conductor, list[Path]]:
     """The run itself, until every agent has ended or is known to be stuck."""
     model = write_model_dir(directory / "model")
     workers = [Worker(f"worker{n}", directory, incremental=n % 2 == 1) for n in range(num_workers)]
-    gateway = Gateway(directory, model, disk.path / "chaos.sqlite", [worker.url for worker in workers])
+    gateway = Gateway(
+        directory, model, disk.path / "chaos.sqlite", [worker.url for worker in workers], options
+    )
     account = Account(kills=gateway.kills)
     conductor = Conductor(plan, gateway, workers, disk, account, seed)
     playing = True
@@ -97,6 +106,7 @@ async def run(options: argparse.Namespace, directory: Path, console: Console) ->
             num_agents=options.agents,
             num_workers=options.workers,
             seed=options.seed,
+            options=options.serve,
         )
         (directory / "account.json").write_bytes(msgspec.json.encode(account))
         rows = await export(disk.path / "chaos.sqlite", directory / "export.parquet")
@@ -120,6 +130,7 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1, help="engine workers")
     parser.add_argument("--keep", type=Path, help="keep all that was recorded in this new directory")
+    parser.add_argument("serve", nargs="*", help="options of `tokentape serve`, behind --")
     options = parser.parse_args()
     console = Console(width=120)
     directory = options.keep or Path(tempfile.mkdtemp(prefix="tokentape-chaos-"))

@@ -86,10 +86,12 @@ class Worker:
 class Gateway:
     """`tokentape serve` under a supervisor: however it ends, it is started again, on the same port and store.
 
-    `kills` are the times at which it ended, `starts_s` how long each start took until it listened.
+    `options` are more of its command line's. `kills` are the times at which it ended, `starts_s` how long each start took until it listened.
     """
 
-    def __init__(self, directory: Path, model: Path, store: Path, engines: Sequence[str]) -> None:
+    def __init__(
+        self, directory: Path, model: Path, store: Path, engines: Sequence[str], options: Sequence[str]
+    ) -> None:
         self.port = free_port()
         self.kills: list[float] = []
         self.starts_s: list[float] = []
@@ -100,6 +102,7 @@ class Gateway:
         self._command += ["--port", str(self.port), "--token-timeout", "3", "--first-token-timeout", "5"]
         self._command += ["--connect-timeout", "1", "--timeout", "20"]
         self._command += [word for url in engines for word in ("--engine", url)]
+        self._command += options
         self._process: asyncio.subprocess.Process | None = None
         self._ends = False
 
