@@ -86,7 +86,8 @@ class Worker:
 class Gateway:
     """`tokentape serve` under a supervisor: however it ends, it is started again, on the same port and store.
 
-    `options` are more of its command line's. `kills` are the times at which it ended, `starts_s` how long each start took until it listened.
+    `options` are more of its command line's. `kills` are the times at which it ended, `starts_s` how long
+    each start took until it listened.
     """
 
     def __init__(
