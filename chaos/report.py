@@ -1,6 +1,6 @@
 """The table that a run ends with."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +32,10 @@ def report(
     for episode in account.episodes:
         failures.update((episode.summary or {}).get("failures", {}))
     branches = Counter(row["branch_reason"] for row in rows)
-    resumed = {g.turn_id for g in generations if "." in g.rid} & exported.keys()
+    prompts: dict[str, set[int]] = defaultdict(set)
+    for generation in generations:
+        prompts[generation.turn_id].add(len(generation.prompt_ids))
+    resumed = {turn_id for turn_id in exported if len(prompts[turn_id]) > 1}
     tokens = sum(sum(row["loss_mask"]) for row in rows)
     starts = gateway.starts_s
     lines = {
@@ -49,7 +52,7 @@ def report(
         "retried": f"{len({(r.agent, r.request) for r in account.retries})} requests, "
         f"{len(account.retries)} tries: {_counted(Counter(r.why for r in account.retries))}",
         "failures": _counted(failures),
-        "resumed": f"{len(resumed)} turns",
+        "resumed": f"{len(resumed)} turns went on behind what had been sampled of them",
         "branches": _counted(branches),
         "longest request": f"{_longest_s(account):.1f} s from its first failed try to its reply",
         "longest recovery": f"{_recovery_s(account):.1f} s from a gateway's end to the next reply",

@@ -3,19 +3,22 @@
 Both are written while the run lasts, by those who know; `check.py` compares an export with them.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+_TURN_ID = re.compile(r"t-[0-9a-f]+")
+
 
 class Generation(msgspec.Struct, frozen=True):
     """What a worker sampled for one request, written before any of it was sent.
 
-    `rid` is the turn's id, behind a resumption with `.2`, `.3`, … `ids` and `logprobs` (nats) are parallel.
-    The first `num_sound` of them were sent as they are; the rest may have been falsified, or not sent at
-    all. `mode` says what the worker did wrong.
+    `rid` is the turn's id; each further request for it has a number behind that (`.2`, `-1`). `ids` and
+    `logprobs` (nats) are parallel. The first `num_sound` of them were sent as they are; the rest may have been
+    falsified, or not sent at all. `mode` says what the worker did wrong.
     """
 
     rid: str
@@ -29,7 +32,8 @@ class Generation(msgspec.Struct, frozen=True):
     @property
     def turn_id(self) -> str:
         """The turn that it was sampled for."""
-        return self.rid.partition(".")[0]
+        found = _TURN_ID.match(self.rid)
+        return self.rid if found is None else found[0]
 
     def to_json(self) -> bytes:
         """One line of a worker's log."""
