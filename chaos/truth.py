@@ -17,8 +17,8 @@ class Generation(msgspec.Struct, frozen=True):
     """What a worker sampled for one request, written before any of it was sent.
 
     `rid` is the turn's id; each further request for it has a number behind that (`.2`, `-1`). `ids` and
-    `logprobs` (nats) are parallel. The first `num_sound` of them were sent as they are; the rest may have been
-    falsified, or not sent at all. `mode` says what the worker did wrong.
+    `logprobs` (nats) are parallel. The first `num_sound` of them were sent as they are; the rest may have
+    been falsified, or not sent at all. `mode` says what the worker did wrong.
     """
 
     rid: str
