@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--mini", action="store_true", help="20 seconds with two kills: does it work?")
     parser.add_argument("--seed", default=str(time.time_ns() % 100_000), help="of all that is drawn")
     parser.add_argument("--agents", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=1, help="engine workers")
+    parser.add_argument("--workers", type=int, default=3, help="engine workers")
     parser.add_argument("--keep", type=Path, help="keep all that was recorded in this new directory")
     parser.add_argument("serve", nargs="*", help="options of `tokentape serve`, behind --")
     options = parser.parse_args()
