@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 LIVE_DIR ?= $(HOME)/.cache/tokentape/live
 ENGINES ?= ../shared/engines
 
+# How long `make soak` lasts.
+SOAK_MINUTES ?= 30
+
 # Letta's agent server has pins of its own: a virtual environment for it alone, one a version, and a home for
 # what it writes to ~/.letta. Its database is SQLite, whatever the shell says.
 LETTA ?= 0.16.8
@@ -15,7 +18,7 @@ IN_LETTA := HOME=$(LETTA_DIR)/home LETTA_PG_URI= $(LETTA_DIR)/bin
 # The trainers' own packages, for tests of what is exported to them; torch is the small CPU build.
 TRAINERS_DIR := $(LIVE_DIR)/trainers
 
-.PHONY: demo train-demo test check live letta trainers trl-demo bench format clean
+.PHONY: demo train-demo test check live letta trainers trl-demo bench chaos soak format clean
 
 demo: $(VENV)/ready
 	$(BIN)/tokentape demo
@@ -52,6 +55,12 @@ trl-demo: $(TRAINERS_DIR)/ready
 bench: $(VENV)/ready
 	$(BIN)/python bench/parse.py
 	$(BIN)/python bench/bench.py
+
+chaos: $(VENV)/ready
+	$(BIN)/python chaos/run.py
+
+soak: $(VENV)/ready
+	$(BIN)/python chaos/soak.py --minutes $(SOAK_MINUTES)
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix

@@ -45,6 +45,8 @@ class FakeSGLang:
     partial ids, and every other whose rid begins with the same text (observed on the real one). Stop strings
     are not looked for.
 
+    `port` is the one to listen on, where it must be known before.
+
     With a `tokenizer` it also fills in `text`. `incremental` makes streams send deltas, as the server flag
     `--incremental-streaming-output` does. Set `weight_version` between requests to pretend a weight update.
 
@@ -61,6 +63,7 @@ class FakeSGLang:
         context_length: int = 8192,
         incremental: bool = False,
         responder: Callable[[ReceivedRequest], Reply | Fault] | None = None,
+        port: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or (tokenizer.get_vocab_size() if tokenizer else 32_000)
@@ -77,7 +80,7 @@ class FakeSGLang:
         self._script: deque[Reply | Fault] = deque()
         self._running: dict[str, ReceivedRequest] = {}
         self._seen: deque[array[int]] = deque(maxlen=_MAX_REMEMBERED)
-        self._port = 0
+        self._port = port
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
         self._dying: asyncio.Task[None] | None = None
