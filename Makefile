@@ -54,7 +54,7 @@ trl-demo: $(TRAINERS_DIR)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/parse.py
-	$(BIN)/python bench/bench.py
+	$(BIN)/python bench/bench.py --plot docs/performance.png
 
 chaos: $(VENV)/ready
 	$(BIN)/python chaos/run.py

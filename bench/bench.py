@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import fastokens
@@ -20,6 +21,7 @@ import msgspec
 import servers
 import uvloop
 from driver import NEW_TOKENS, Agent, Http, Texts
+from goals import Goal, plot, to_table
 from mock_engine import Completion
 from rich.console import Console
 from rich.table import Table
@@ -153,6 +155,38 @@ class Bench:
                 pairs = zip(agent.latencies_ns, own_ns, strict=True)
                 measured.added_ms += [(latency - own) / 1e6 for latency, own in pairs]
 
+    async def memory(self, system: System, sessions: int, context: int) -> float:
+        """Bytes that the server keeps for a token of a session's tree, all it keeps of a session included."""
+        agents = [await self._agent(system, system.http) for _ in range(sessions)]
+        num_tokens, before = 0, system.server.rss()
+        for agent in agents:
+            await agent.open(self._first(context))
+            await _turns(agent, 2)
+            num_tokens += (await self._engine.call("GET", "/last")).count(b",") + len(
+                self._sampled.split(b",")
+            )
+        await self._engine.call("GET", "/times")
+        return (system.server.rss() - before) / num_tokens
+
+    async def stall(self, system: System, context: int) -> tuple[float, float]:
+        """The longest that a question waits, in ms: while nothing happens, and while a long session opens."""
+        beside = await Http.open(system.url)
+        worst: list[float] = []
+        for busy in (False, True):
+            agent = await self._agent(system, system.http)
+            opening = asyncio.create_task(agent.open(self._first(context)) if busy else asyncio.sleep(0.2))
+            longest = 0.0
+            while not opening.done():
+                started = time.perf_counter()
+                await beside.call("GET", "/healthz")
+                longest = max(longest, time.perf_counter() - started)
+                await asyncio.sleep(0.001)
+            await opening
+            worst.append(1e3 * longest)
+        beside.close()
+        await self._engine.call("GET", "/times")
+        return worst[0], worst[1]
+
     async def load(self, systems: Sequence[System], load: Load) -> None:
         """Many sessions at once."""
         ends = time.monotonic() + _BUDGET_S
@@ -248,6 +282,30 @@ def _load_table(systems: Sequence[System], load: Load) -> Table:
     return table
 
 
+def _goals(systems: Sequence[System], bytes_per_token: float, stall_ms: float) -> list[Goal]:
+    of = {system.name: system for system in systems}
+    floor, ours, again = of[FLOOR], of[DISK], of[RERENDER]
+    goals = [
+        Goal(
+            f"added latency at {label}, ÷ floor",
+            here.percentile(50) / floor.single[label].percentile(50),
+            most=2,
+        )
+        for label, here in ours.single.items()
+    ]
+    small, large = "8,000", "128,000"
+    rates = [statistics.median(one.loaded.rates) for one in (ours, floor)]
+    goals.append(Goal("turns per second, 32 sessions at 8k, of the floor's", rates[0] / rates[1], least=0.5))
+    if large in ours.single:
+        growth = [one.single[large].cpu_ms - one.single[small].cpu_ms for one in (ours, floor)]
+        goals.append(Goal("CPU that 120k more tokens cost, ÷ floor", growth[0] / growth[1], most=1))
+        less = again.single["32,000"].cpu_ms / ours.single["32,000"].cpu_ms
+        goals.append(Goal("CPU of rendering all again at 32k, ÷ tokentape", less, least=20))
+    goals.append(Goal("memory of a session, per token", bytes_per_token, " bytes", most=16))
+    goals.append(Goal("longest pause of the event loop, 128k tokens at once", stall_ms, " ms", most=20))
+    return goals
+
+
 def _sync_ms(directory: Path) -> float:
     """What one durable write of a turn's size costs here: p50 of 50."""
     times: list[float] = []
@@ -261,7 +319,12 @@ def _sync_ms(directory: Path) -> float:
 
 
 async def run(
-    console: Console, directory: Path, memory: Path | None, chosen: Path | None, quick: bool
+    console: Console,
+    directory: Path,
+    memory: Path | None,
+    chosen: Path | None,
+    quick: bool,
+    picture: Path | None,
 ) -> None:
     """Start everything, measure, print."""
     model = directory / "model"
@@ -297,7 +360,22 @@ async def run(
         for plan in plans:
             await bench.single(systems, plan)
         await bench.load(systems, load)
+        ours = next(system for system in systems if system.name == DISK)
+        bytes_per_token = await bench.memory(ours, *((2, 2_000) if quick else (24, 32_000)))
+        idle_ms, stall_ms = await bench.stall(ours, 2_000 if quick else 128_000)
     console.print(_single_table(systems), _load_table(systems, load))
+    console.print(to_table(_goals(systems, bytes_per_token, stall_ms)))
+    console.print(f"longest answer to a question while nothing happens: {idle_ms:.1f} ms")
+    if picture is not None:
+        shown = [system for system in systems if system.name != MEMORY]
+        latencies = {
+            system.name: {
+                plan.context: system.single[plan.label].percentile(50) for plan in plans if not plan.grown
+            }
+            for system in shown
+        }
+        rates = {system.name: statistics.median(system.loaded.rates) for system in shown}
+        plot(picture, latencies, rates, f"{datetime.now(UTC):%Y-%m-%d}, {cores}")
 
 
 def main() -> None:
@@ -305,6 +383,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few turns: does the bench work?")
     parser.add_argument("--model", type=Path, help="a model directory (ChatML with tools, as Qwen's)")
+    parser.add_argument("--plot", type=Path, help="write a picture of it")
     options = parser.parse_args()
     console = Console(width=None if os.isatty(1) else 120)
     started = time.monotonic()
@@ -313,7 +392,7 @@ def main() -> None:
         memory = None
         if _MEMORY_DIR.is_dir():
             memory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_MEMORY_DIR)))
-        uvloop.run(run(console, directory, memory, options.model, options.quick))
+        uvloop.run(run(console, directory, memory, options.model, options.quick, options.plot))
     console.print(f"{time.monotonic() - started:.0f} s")
 
 

@@ -44,6 +44,11 @@ class Server:
         self._process.terminate()
         self._process.communicate(timeout=40)
 
+    def rss(self) -> int:
+        """Bytes that it has in memory."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
     def cpu_s(self) -> float:
         """CPU seconds of all its threads so far."""
         with contextlib.suppress(OSError):  # nanoseconds, where the kernel counts them

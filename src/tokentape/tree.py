@@ -5,6 +5,7 @@ and template arguments are part of the prompt: the places of the trie hold apart
 that end there.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -102,6 +103,7 @@ class Tree:
         self._nodes: dict[str, _Node] = {}
         self._labels = Labels()  # of as many turns as were needed: see `_labelled`
         self._num_labelled = 0
+        self._labelling = threading.Lock()  # questions are answered in threads
 
     def __contains__(self, turn_id: str) -> bool:
         """Whether a turn of this id is committed."""
@@ -277,9 +279,10 @@ class Tree:
 
     def _labelled(self) -> Labels:
         """The labels of all turns. Nothing in a turn hangs on them: they are made when somebody asks."""
-        for node in islice(self._nodes.values(), self._num_labelled, None):
-            self._labels.add(node.turn)
-        self._num_labelled = len(self._nodes)
+        with self._labelling:
+            for node in islice(self._nodes.values(), self._num_labelled, None):
+                self._labels.add(node.turn)
+            self._num_labelled = len(self._nodes)
         return self._labels
 
     def _longest(self, frame: tuple[Digest, Digest], conversation: Conversation) -> tuple[Turn | None, int]:

@@ -56,6 +56,11 @@ class Replays:
     def __init__(self) -> None:
         self._lines: list[_Line] = []  # the one used last stands last
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of what is kept of the requests."""
+        return sum([len(line.raw) for line in self._lines])
+
     def read(
         self,
         raw: Raw,

@@ -70,7 +70,7 @@ class Session:
     @property
     def num_bytes(self) -> int:
         """Roughly what the session takes in memory."""
-        return self._num_turn_bytes + self._memo.num_bytes
+        return self._num_turn_bytes + self._memo.num_bytes + self.replays.num_bytes
 
     @property
     def idle(self) -> bool:
