@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import threading
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from gatewaykit import (
     split,
 )
 from tokentape.testing import FakeSGLang, Reply
+from tokentape.tokenizer import Tokenizer
 
 both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 TOOLS = {"tools": [WEATHER, CLOCK]}
@@ -452,3 +455,22 @@ async def test_a_length_cut_that_falls_on_the_stop_token(fake: FakeSGLang, gatew
         *first.output_ids,
     ]
     assert bridge.count(end) == 1  # the user's turn
+
+
+async def test_a_long_text_holds_up_nobody(fake: FakeSGLang, gateway: Gateway) -> None:
+    """What is long is tokenised in a thread, so that the loop turns meanwhile."""
+    fake.script(sampled("hello"))
+    session_id = await gateway.create()
+    threads: list[bool] = []
+    encode = Tokenizer.encode
+
+    def watched(tokenizer: Tokenizer, text: str) -> "array[int]":
+        threads.append(threading.current_thread() is threading.main_thread())
+        return encode(tokenizer, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", watched)
+        await gateway.chat(session_id, [USER])
+        assert threads == [True]  # the negative control
+        answer = await gateway.post(session_id, {"messages": [{"role": "user", "content": "long " * 40_000}]})
+    assert (threads, answer.status) == ([True, False], 400)  # it is longer than the model's context

@@ -1,5 +1,6 @@
 """What the engine is to be sent for a request: attach → extend, or render; and how to sample."""
 
+import asyncio
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from tokentape.types import Message, Prompt, Sampling
 from tokentape.volatile import Superseded, Volatile
 
 log = logging.getLogger(__name__)
+
+_LONG = 100_000  # characters: some 5 ms of work
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +83,21 @@ class Planner:
         if not self._is_fixed and info.context_length is not None:
             self.context_length = info.context_length
 
-    def plan(self, session: Session, request: TurnRequest) -> Plan:
+    async def plan(self, session: Session, request: TurnRequest) -> Plan:
         """Find what the request continues, what its prompt is, and how to sample.
+
+        A long text is rendered and tokenised in a thread: everybody else would wait for it.
 
         Raises:
             RequestError: it cannot be served; the session is unchanged.
         """
         budget = session.budget(request.num_choices)
-        plan = self._joined(session, request)
+        attachment = session.tree.attach(request.frame_key, request.conversation)
+        new = request.conversation.keys_from(attachment.num_matched)
+        if sum([len(key.message.content or "") for key in new]) < _LONG:
+            plan = self._joined(session, request, attachment)
+        else:
+            plan = await asyncio.to_thread(self._joined, session, request, attachment)
         # The engine's own defaults are sent back to it: the turn then records all that it was sampled with.
         sampling = _merged(
             _merged(self.engine_sampling or Sampling(), session.record.sampling), request.sampling
@@ -112,16 +122,16 @@ class Planner:
         Raises:
             RequestError: the request cannot be served.
         """
-        return len(self._joined(session, request).prompt)
+        attachment = session.tree.attach(request.frame_key, request.conversation)
+        return len(self._joined(session, request, attachment).prompt)
 
-    def _joined(self, session: Session, request: TurnRequest) -> Plan:
+    def _joined(self, session: Session, request: TurnRequest, attachment: Attachment) -> Plan:
         try:
-            return self._join(session, request)
+            return self._join(session, request, attachment)
         except RecursionError:
             raise RequestError("tools or tool-call arguments are nested too deep", param="messages") from None
 
-    def _join(self, session: Session, request: TurnRequest) -> Plan:
-        attachment = session.tree.attach(request.frame_key, request.conversation)
+    def _join(self, session: Session, request: TurnRequest, attachment: Attachment) -> Plan:
         keys = request.conversation.keys_from(attachment.num_matched)
         new = tuple(key.message for key in keys)
         parent, before = attachment.turn, attachment.prompt

@@ -156,7 +156,7 @@ class Turns:
         began = time.monotonic()
         if self.planner.engine_sampling is None:
             await self._ask_engine()
-        plan = self.planner.plan(session, request)
+        plan = await self.planner.plan(session, request)
         num_tokens = 0
         calls: list[Progress] = []
 
