@@ -3,11 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+_CHANGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _TOKENS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
@@ -16,6 +24,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"tokentape_{name}", text, labels, registry=self.registry)
@@ -28,6 +37,9 @@ class Metrics:
         self.foreign_calls = counter(
             "foreign_calls", "Turns with another format's call in the text", "format"
         )
+        self.extended = counter("extended_turns", "Turns whose prompt extends a recorded turn's")
+        self.trained_tokens = counter("trained_tokens", "Sampled tokens of finished sessions")
+        self.answered_again = counter("answered_again", "Requests that got the answer of an earlier one")
         self.resumed = counter("resumed", "Generations that went on after an abort, each time")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of committed turns")
         self.cached_tokens = counter("cached_tokens", "Prompt tokens that the engine had cached")
@@ -43,6 +55,32 @@ class Metrics:
         self.session_bytes = Gauge(
             "tokentape_session_bytes", "What they take, roughly", registry=self.registry
         )
+        stages = Histogram(
+            "tokentape_stage_seconds",
+            "A turn's time by stage: plan (prefix and bridge), engine (generation, parsing), commit (store)",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.plan_seconds, self.engine_seconds, self.commit_seconds = map(
+            stages.labels, ("plan", "engine", "commit")
+        )
+        self.first_token_seconds = Histogram(
+            "tokentape_first_token_seconds",
+            "Streams: from the request to its first token",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.store_seconds = Histogram(
+            "tokentape_store_seconds", "Transactions of the store", buckets=_SECONDS, registry=self.registry
+        )
+        self.store_changes = Histogram(
+            "tokentape_store_changes",
+            "Changes that shared a transaction",
+            buckets=_CHANGES,
+            registry=self.registry,
+        )
+        self.store_errors = counter("store_errors", "Transactions that failed")
         self.turn_seconds = Histogram(
             "tokentape_turn_seconds", "Whole turns", buckets=_SECONDS, registry=self.registry
         )

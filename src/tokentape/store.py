@@ -160,6 +160,7 @@ class SQLiteStore:
         exclusive: be the only one who may write it until `aclose` or the end of the process. Two gateways on
             one file would each extend trees that the other does not know.
         readonly: only look, beside a gateway that writes; the file must be a store.
+        on_transaction: is told of each in the store's thread: seconds, number of changes, is it well.
         tokenizer: fingerprint of the tokenizer whose ids the file holds; a new file takes it.
 
     Raises:
@@ -174,9 +175,11 @@ class SQLiteStore:
         exclusive: bool = False,
         readonly: bool = False,
         tokenizer: str | None = None,
+        on_transaction: Callable[[float, int, bool], None] = lambda seconds, changes, ok: None,
     ) -> None:
         self._path = str(path)
         self._readonly = readonly
+        self._on_transaction = on_transaction
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         with contextlib.ExitStack() as opened:
             if exclusive:
@@ -343,7 +346,7 @@ class SQLiteStore:
 
     def _transact(self, batch: list[_Work]) -> None:
         """Run a batch in one transaction; where that fails, each change in its own."""
-        committing = False
+        began, num_changes, committing = time.monotonic(), sum(work.writes for work in batch), False
         try:
             # A question takes no write lock: an export must not hold up the gateway that writes to its file.
             self._connection.execute("BEGIN IMMEDIATE" if any(work.writes for work in batch) else "BEGIN")
@@ -357,10 +360,13 @@ class SQLiteStore:
                     self._transact([work])
                 return
             log.exception("store: %s", self._path)
+            self._on_transaction(time.monotonic() - began, num_changes, False)
             # A constraint is checked before a write; otherwise COMMIT does not say how far it came.
             uncertain = not rolled_back or (committing and not isinstance(error, sqlite3.IntegrityError))
             _answer(batch[0], error=_typed(error, uncertain=uncertain and batch[0].writes))
         else:
+            if num_changes:
+                self._on_transaction(time.monotonic() - began, num_changes, True)
             for work, result in zip(batch, results, strict=True):
                 _answer(work, result=result)
 

@@ -12,6 +12,7 @@ from tokentape.cli.audit import audit
 from tokentape.cli.demo import demo
 from tokentape.cli.export import export
 from tokentape.cli.serve import engine, serve
+from tokentape.cli.top import top
 from tokentape.cli.verify import verify
 from tokentape.errors import TokentapeError
 
@@ -44,5 +45,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, serve, engine, export, verify, audit):
+for _command in (demo, serve, engine, top, export, verify, audit):
     main.add_command(_command)

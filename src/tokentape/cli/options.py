@@ -86,11 +86,29 @@ def template_argument(text: str) -> tuple[str, Any]:
         ) from error
 
 
-def log_to_stderr(level: str) -> None:
-    """Logs, from this level on."""
+def log_to_stderr(level: str, form: str = "text") -> None:
+    """Logs, from this level on; as "text", or as "json": one object a line."""
     logging.basicConfig(
         stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    if form == "json":
+        logging.getLogger().handlers[0].setFormatter(_JsonLines())
+
+
+class _JsonLines(logging.Formatter):
+    """A record as one line of JSON; what a record has as `fields` stands beside its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        out: dict[str, Any] = {
+            "time": record.created,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            out["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(out).decode()
 
 
 def ready(url: str) -> None:

@@ -1,5 +1,6 @@
 """`tokentape serve` and `tokentape engine`."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from tokentape.gateway.service import ServiceConfig, running
 from tokentape.gateway.turn import Capture
 from tokentape.model import TINY_MODEL
 from tokentape.volatile import RULES as VOLATILE
+
+_SWITCH_S = 0.0005
+"""Seconds that the loop and the store's thread wait for each other at most; Python's own 5 ms can be felt."""
 
 
 @click.command()
@@ -179,6 +183,13 @@ from tokentape.volatile import RULES as VOLATILE
     help="Seconds to finish at SIGTERM.",
 )
 @log_level_option
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: one object a line.",
+)
 def serve(
     model: str,
     engines: Sequence[str],
@@ -215,13 +226,15 @@ def serve(
     max_body_mb: int,
     drain_timeout: float,
     log_level: str,
+    log_format: str,
 ) -> None:
     """Serve agents through an SGLang server and record their tapes.
 
     Create a session with POST /sessions and give its base_url to the agent as OpenAI's; finish it with its
     reward; read its tapes from /sessions/ID/samples, or all of them with `tokentape export`.
     """
-    log_to_stderr(log_level)
+    log_to_stderr(log_level, log_format)
+    sys.setswitchinterval(_SWITCH_S)
     if api_key is not None and not api_key.strip():
         raise ConfigError("--api-key is empty: leave it out, or give a key (is its variable set?)")
     if "none" in volatile and len(volatile) > 1:

@@ -62,6 +62,8 @@ class AgentApi:
         count = headers.get("x-stainless-retry-count")
         is_retry = "Idempotency-Key" in headers or count not in (None, "0")
         answer = await session.answers.find(digest, is_retry=is_retry, is_first=count == "0" and not is_retry)
+        if answer is not None:
+            self._turns.metrics.answered_again.inc()
         with (answer or self._start(session, decoded)).held() as held:
             yield Answering(self._turns, session, decoded.writer, held, self._ping_s)
 

@@ -120,7 +120,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
     _check_arguments(config.template_arguments, renderer.template.variables)
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
-        store = _store(config.store, renderer.tokenizer.fingerprint)
+        store = _store(config.store, renderer.tokenizer.fingerprint, metrics)
         stack.push_async_callback(store.aclose)
         engine, pool = config.engine, None
         if isinstance(engine, SGLangConfig):
@@ -218,10 +218,15 @@ def info_json(info: EngineInfo) -> Json:
     }
 
 
-def _store(path: Path | None, fingerprint: str) -> SQLiteStore:
-    if path is None:
-        return SQLiteStore(":memory:", tokenizer=fingerprint)
-    return SQLiteStore(path, exclusive=True, tokenizer=fingerprint)
+def _store(path: Path | None, fingerprint: str, metrics: Metrics) -> SQLiteStore:
+    def note(seconds: float, num_changes: int, ok: bool) -> None:
+        metrics.store_seconds.observe(seconds)
+        metrics.store_changes.observe(num_changes)
+        if not ok:
+            metrics.store_errors.inc()
+
+    where = ":memory:" if path is None else path
+    return SQLiteStore(where, exclusive=path is not None, tokenizer=fingerprint, on_transaction=note)
 
 
 @contextlib.asynccontextmanager

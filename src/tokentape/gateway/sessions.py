@@ -343,6 +343,7 @@ class Sessions:
                     raise SessionClosed(f"session {session.session_id!r} is finished with other {what}")
                 return
             await self._put_record(session, record)
+            self._metrics.trained_tokens.inc(session.num_sampled_tokens)
             self._memory.let_go(session)
 
     async def delete(self, session_id: str) -> None:

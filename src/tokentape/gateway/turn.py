@@ -26,6 +26,7 @@ from tokentape.errors import (
 )
 from tokentape.formats import FORMATS, Format, foreign
 from tokentape.gateway.admission import Deadline
+from tokentape.gateway.clock import Clock, note_failure
 from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, TurnRequest
 from tokentape.gateway.plan import Plan, Planner
 from tokentape.gateway.sessions import Session, Sessions, to_the_end
@@ -121,7 +122,7 @@ class Turns:
         self._store = store
         self._sessions = sessions
         self._weights = weights
-        self._metrics = metrics
+        self.metrics = metrics
         self._capture = capture
         self._maybe_stop = renderer.tokenizer.added_ids | eos_ids
         self._eos_ids = eos_ids
@@ -153,22 +154,25 @@ class Turns:
                 unchanged.
         """
         session.check_open()
-        began = time.monotonic()
+        clock = Clock(self.metrics)
         if self.planner.engine_sampling is None:
             await self._ask_engine()
         plan = await self.planner.plan(session, request)
+        clock.planned()
         num_tokens = 0
         calls: list[Progress] = []
 
         async def forward(event: Event) -> None:
             nonlocal num_tokens
             if isinstance(event, Progress):
+                if request.stream and not num_tokens:
+                    clock.first_token()
                 num_tokens += len(event.ids)
                 event = _without_calls(event, calls)
             if request.stream:
                 await emit(event)
 
-        self._metrics.active_turns.inc()
+        self.metrics.active_turns.inc()
         try:
             await forward(Started(tuple(turn_ids), len(plan.prompt), time.time()))
             async with deadline.within():
@@ -189,14 +193,15 @@ class Turns:
             await self.fail(session, bug, num_tokens)
             raise bug from error
         finally:
-            self._metrics.active_turns.dec()
+            self.metrics.active_turns.dec()
+        clock.sampled()
         # To the end even if everybody leaves, or the session is being ended: a durable turn is in the tree,
         # and whoever asked for it gets it.
         turns = await to_the_end(self._commit(session, request, plan, turn_ids, sampled), then_cancel=False)
         if request.stream:
             for held in calls:  # agents run a call as soon as they have read it: not before it is durable
                 await emit(held)
-        self._metrics.turn_seconds.observe(time.monotonic() - began)
+        clock.committed(session.session_id, turns, len(plan.prompt))
         return [
             Done(turn, plan.prompt, _usage(turn, plan.prompt), one.top)
             for turn, one in zip(turns, sampled, strict=True)
@@ -219,7 +224,7 @@ class Turns:
 
     async def fail(self, session: Session, error: TokentapeError, num_tokens: int) -> None:
         """Record a turn that was not committed: `num_tokens` were sampled for it."""
-        log.warning("session %s: turn failed: %s: %s", session.session_id, error.kind, error)
+        note_failure(session.session_id, error, num_tokens)
         try:
             await self._sessions.fail(session, error, num_tokens)
         except StoreError:
@@ -390,7 +395,7 @@ class Turns:
             return
         other = foreign(turn.reply.content, _parameters(turn.tools), self._format, self._formats)
         if other is not None:
-            self._metrics.foreign_calls.labels(other).inc()
+            self.metrics.foreign_calls.labels(other).inc()
             log.warning(
                 "session %s: turn %s has a tool call of format %s in its text; this gateway reads %s "
                 "(--tool-format): it was not delivered",
@@ -398,11 +403,13 @@ class Turns:
             )  # fmt: skip
 
     def _count(self, turn: Turn, num_prompt_tokens: int) -> None:
-        metrics = self._metrics
+        metrics = self.metrics
         metrics.turns.labels(turn.finish_reason).inc()
         metrics.parse_statuses.labels(turn.parse_status).inc()
         if turn.branch_reason is not None:
             metrics.branches.labels(turn.branch_reason).inc()
+        if turn.parent_id is not None:
+            metrics.extended.inc()
         metrics.prompt_tokens.inc(num_prompt_tokens)
         metrics.prompt_length.observe(num_prompt_tokens)
         metrics.cached_tokens.inc(turn.num_cached_tokens or 0)
