@@ -55,6 +55,7 @@ trl-demo: $(TRAINERS_DIR)/ready
 bench: $(VENV)/ready
 	$(BIN)/python bench/parse.py
 	$(BIN)/python bench/bench.py --plot docs/performance.png
+	$(BIN)/python bench/workers.py
 
 chaos: $(VENV)/ready
 	$(BIN)/python chaos/run.py

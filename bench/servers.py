@@ -50,14 +50,19 @@ class Server:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def cpu_s(self) -> float:
-        """CPU seconds of all its threads so far."""
-        with contextlib.suppress(OSError):  # nanoseconds, where the kernel counts them
-            tasks = list(Path(f"/proc/{self.pid}/task").iterdir())
-            total_ns = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
-            if total_ns:
-                return total_ns / 1e9
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+        """CPU seconds of all threads so far, its children's included."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return sum(map(_cpu_s, (self.pid, *map(int, children))))
+
+
+def _cpu_s(pid: int) -> float:
+    with contextlib.suppress(OSError):  # nanoseconds, where the kernel counts them
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        total_ns = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
+        if total_ns:
+            return total_ns / 1e9
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 def engine(directory: Path, script: Path) -> Server:
@@ -70,10 +75,10 @@ def baseline(name: str, directory: Path, model: Path, url: str) -> Server:
     return Server([str(_HERE / f"{name}.py"), str(model), url], directory / f"{name}.log")
 
 
-def gateway(store: Path, directory: Path, model: Path, url: str) -> Server:
+def gateway(store: Path, directory: Path, model: Path, url: str, *more: str) -> Server:
     """The real gateway, as its command line starts it."""
     command = ["-m", "tokentape", "serve", "--port", "0", "--context-length", "1048576"]
-    command += ["--model", str(model), "--engine", url, "--store", str(store)]
+    command += ["--model", str(model), "--engine", url, "--store", str(store), *more]
     return Server(command, directory / f"gateway-{store.stem}.log")
 
 

@@ -183,7 +183,7 @@ class SQLiteStore:
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         with contextlib.ExitStack() as opened:
             if exclusive:
-                opened.enter_context(_lock(self._path))
+                opened.enter_context(lock_store(self._path))
             try:
                 connection = sqlite3.connect(
                     f"{Path(self._path).absolute().as_uri()}?mode=ro" if readonly else self._path,
@@ -378,7 +378,7 @@ class SQLiteStore:
         return not self._connection.in_transaction
 
 
-def _lock(path: str) -> IO[bytes]:
+def lock_store(path: str) -> IO[bytes]:
     """The lock of a store, held while the file is open: the kernel lets go of it however the process ends."""
     try:
         file = open(f"{path}.lock", "wb")  # noqa: SIM115, PTH123  # closed with the store

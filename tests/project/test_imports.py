@@ -62,7 +62,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "verifiers": ("export.verifiers",),
     "openrlhf": ("export.openrlhf",),
     "datasets": ("export.huggingface",),
-    "aiohttp.web": ("gateway.app", "engines.server", "testing"),
+    "aiohttp.web": ("gateway.app", "gateway.pinned", "gateway.processes", "engines.server", "testing"),
     "openai": ("demo", "clients", "inprocess"),
     "anthropic": ("clients", "inprocess"),
     "httpx2": ("clients",),

@@ -1,5 +1,7 @@
 """`tokentape serve` and `tokentape engine`."""
 
+import asyncio
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ from tokentape.formatfile import read_formats
 from tokentape.gateway.admission import AdmissionLimits
 from tokentape.gateway.memory import MemoryLimits
 from tokentape.gateway.parts import GatewayConfig
+from tokentape.gateway.pinned import Place
+from tokentape.gateway.processes import many, one_of_many
 from tokentape.gateway.service import ServiceConfig, running
 from tokentape.gateway.turn import Capture
 from tokentape.model import TINY_MODEL
@@ -59,6 +63,14 @@ _SWITCH_S = 0.0005
     show_default=True,
     help="Seconds between two looks at an engine.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Processes that share the port and the store; each session stays with one of them.",
+)
+@click.option("--process", type=(int, int, int, click.Path(path_type=Path)), hidden=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=PORT, default=8000, show_default=True, help="Port to listen on; 0 picks a free one."
@@ -195,6 +207,8 @@ def serve(
     engines: Sequence[str],
     engine_retries: int,
     health_interval: float,
+    workers: int,
+    process: tuple[int, int, int, Path] | None,
     host: str,
     port: int,
     store: Path,
@@ -252,6 +266,7 @@ def serve(
         ),
         pool=PoolConfig(more=tuple(engines[1:]), retries=engine_retries, health_interval_s=health_interval),
         store=store,
+        shared_store=process is not None,
         host=host,
         port=port,
         tool_format=tool_format,
@@ -276,7 +291,28 @@ def serve(
             context_length=context_length,
         ),
     )
-    uvloop.run(until_stopped(running(config)))
+    if process is not None:
+        index, count, channel, directory = process
+        uvloop.run(_one_of_many(config, Place(index, count, directory), socket.socket(fileno=channel)))
+    elif workers > 1:
+        uvloop.run(until_stopped(many(config, workers, _command)))
+    else:
+        uvloop.run(until_stopped(running(config)))
+
+
+def _command(place: Place, channel: int) -> list[str]:
+    """What starts a process of this gateway: the same command, and its place."""
+    this = ("--process", str(place.index), str(place.count), str(channel), str(place.directory))
+    return [sys.executable, "-m", "tokentape", *sys.argv[1:], *this]
+
+
+async def _one_of_many(config: ServiceConfig, place: Place, channel: socket.socket) -> None:
+    stopped = stop_event()
+    async with one_of_many(config, place, channel) as gone:
+        waiting = [asyncio.ensure_future(event.wait()) for event in (stopped, gone)]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
 
 
 @click.command()

@@ -39,9 +39,14 @@ _OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
 _SESSION = web.RequestKey("session", str)  # whose key the caller has
 
 
-def make_app(gateway: Gateway) -> web.Application:
-    """The gateway as an aiohttp application. It does not own the gateway's parts: close them after it."""
-    app = web.Application(middlewares=[_boundary(gateway)], client_max_size=gateway.config.max_body_bytes)
+def make_app(gateway: Gateway, *middlewares: Any) -> web.Application:
+    """The gateway as an aiohttp application, its routes behind some middlewares.
+
+    It does not own the gateway's parts: close them after it.
+    """
+    app = web.Application(
+        middlewares=[_boundary(gateway), *middlewares], client_max_size=gateway.config.max_body_bytes
+    )
     routes = _Routes(gateway)
     app.router.add_routes(
         [
@@ -160,6 +165,13 @@ def _equal(given: str, key: str) -> bool:
 
 def _json(value: object) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+def session_named(request: web.Request, api_key: str | None) -> str | None:
+    """The session that a request names: in its path, its header, or its credential."""
+    session_id = request.match_info.get("session_id") or request.get(_SESSION)
+    session_id = session_id or request.headers.get("X-Session-Id")
+    return _credential(request) if session_id is None and api_key is None else session_id
 
 
 class _Routes:
@@ -339,10 +351,7 @@ class _Routes:
 
     async def _session(self, request: web.Request) -> Session:
         """The session of an agent's request: from the path, the header, or the credential."""
-        session_id = request.match_info.get("session_id") or request.get(_SESSION)
-        session_id = session_id or request.headers.get("X-Session-Id")
-        if session_id is None and self._config.api_key is None:
-            session_id = _credential(request)
+        session_id = session_named(request, self._config.api_key)
         if not session_id:
             elsewhere = " or API key" if self._config.api_key is None else ""
             raise NotFound(

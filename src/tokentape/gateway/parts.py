@@ -54,7 +54,8 @@ class PartsConfig:
 
     `model` is a directory or hub id: tokenizer, chat template and sizes; `engine` has its weights, or reaches
     the server that has them, and `pool` knows more of these; one that is given made is not closed here.
-    `store` is None to keep the sessions in memory only. `tool_format` and `reasoning_format` are "auto" or
+    `store` is None to keep the sessions in memory only; `shared_store`: other processes of this gateway have
+    it, too. `tool_format` and `reasoning_format` are "auto" or
     the name of a row: of `formats`, which come first, or of `formats.FORMATS`. `template_arguments` are the
     chat template's, where a request does not say otherwise. `volatile` are names of `volatile.RULES`, or
     regular expressions. `capture` is what the engine is asked for beside the tokens. `memory` bounds what is
@@ -64,6 +65,7 @@ class PartsConfig:
     model: str
     engine: SGLangConfig | Engine
     store: Path | None
+    shared_store: bool = False
     pool: PoolConfig = field(default_factory=PoolConfig)
     tool_format: str = "auto"
     reasoning_format: str = "auto"
@@ -120,7 +122,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
     _check_arguments(config.template_arguments, renderer.template.variables)
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
-        store = _store(config.store, renderer.tokenizer.fingerprint, metrics)
+        store = _store(config.store, renderer.tokenizer.fingerprint, metrics, shared=config.shared_store)
         stack.push_async_callback(store.aclose)
         engine, pool = config.engine, None
         if isinstance(engine, SGLangConfig):
@@ -218,7 +220,7 @@ def info_json(info: EngineInfo) -> Json:
     }
 
 
-def _store(path: Path | None, fingerprint: str, metrics: Metrics) -> SQLiteStore:
+def _store(path: Path | None, fingerprint: str, metrics: Metrics, *, shared: bool) -> SQLiteStore:
     def note(seconds: float, num_changes: int, ok: bool) -> None:
         metrics.store_seconds.observe(seconds)
         metrics.store_changes.observe(num_changes)
@@ -226,7 +228,8 @@ def _store(path: Path | None, fingerprint: str, metrics: Metrics) -> SQLiteStore
             metrics.store_errors.inc()
 
     where = ":memory:" if path is None else path
-    return SQLiteStore(where, exclusive=path is not None, tokenizer=fingerprint, on_transaction=note)
+    exclusive = path is not None and not shared
+    return SQLiteStore(where, exclusive=exclusive, tokenizer=fingerprint, on_transaction=note)
 
 
 @contextlib.asynccontextmanager

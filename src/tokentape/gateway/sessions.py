@@ -216,6 +216,7 @@ class Sessions:
         self._volatile = volatile
         self._metrics = metrics
         self._auto_sessions = auto_sessions
+        self.new_id = new_session_id
         self._memory: Memory[Session] = Memory(limits or MemoryLimits(), self._left)
         self._delivered: dict[str, frozenset[str]] = {}  # of sessions that left memory; the oldest first
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -242,7 +243,7 @@ class Sessions:
         """
         check_metadata(metadata or {})
         given = session_id is not None
-        session_id = session_id if session_id is not None else new_session_id()
+        session_id = session_id if session_id is not None else self.new_id()
         if not SESSION_ID.fullmatch(session_id):
             raise RequestError(
                 "session_id must be 1 to 128 letters, digits or ._~:@- and start with a letter or digit",
