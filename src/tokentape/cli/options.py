@@ -1,6 +1,7 @@
 """What several commands take, and how they start and stop."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -129,5 +130,6 @@ async def until_stopped(service: AbstractAsyncContextManager[str]) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     stopped = stop_event()
     async with service as url:
+        gc.freeze()  # a vocabulary is no garbage: it need not be looked through
         ready(url)
         await stopped.wait()
