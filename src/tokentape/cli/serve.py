@@ -73,7 +73,12 @@ _COLLECT = 10_000, 20, 10
     show_default=True,
     help="Processes that share the port and the store; each session stays with one of them.",
 )
-@click.option("--process", type=(int, int, int, click.Path(path_type=Path)), hidden=True)
+@click.option(
+    "--process",
+    type=(int, int, int, click.Path(path_type=Path)),
+    hidden=True,
+    help="What the parent tells one of its --workers: index, count, channel, directory.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=PORT, default=8000, show_default=True, help="Port to listen on; 0 picks a free one."
