@@ -125,7 +125,10 @@ class _Parent:
         Path(place.socket_of(index)).unlink(missing_ok=True)  # noqa: ASYNC240  # once, at a start
         with its:
             process = await asyncio.create_subprocess_exec(
-                *self._command(place, its.fileno()), pass_fds=(its.fileno(),), stdout=sys.stderr
+                *self._command(place, its.fileno()),
+                pass_fds=(its.fileno(),),
+                stdout=sys.stderr,
+                start_new_session=True,  # Ctrl-C is the parent's: it lets them finish
             )
         ours.setblocking(False)
         self._processes[index].process = process
@@ -148,8 +151,9 @@ class _Parent:
                 return
             log.warning("process %d ended with %s: starting it again", index, code)
             await asyncio.sleep(_RESTART_S)
-            with contextlib.suppress(ConfigError):
-                await self.start(index)
+            if not self.stopping:
+                with contextlib.suppress(ConfigError):
+                    await self.start(index)
 
     async def accept(self, listener: socket.socket) -> None:
         """Hand every connection to the process that it is for."""
