@@ -136,8 +136,13 @@ async def _passed_on(request: web.Request, peer: aiohttp.ClientSession) -> web.S
             response.content_length = answer.content_length
         with contextlib.suppress(ConnectionResetError):  # the client has left: so do we
             await response.prepare(request)
-            async for piece in answer.content.iter_any():
-                await response.write(piece)
+            try:
+                async for piece in answer.content.iter_any():
+                    await response.write(piece)
+            except aiohttp.ClientError:  # its process is gone: a reply that ends here must not look whole
+                if request.transport is not None:
+                    request.transport.abort()
+                return response
             await response.write_eof()
         return response
 

@@ -152,14 +152,19 @@ class _Parent:
             log.warning("process %d ended with %s: starting it again", index, code)
             await asyncio.sleep(_RESTART_S)
             if not self.stopping:
-                with contextlib.suppress(ConfigError):
+                with contextlib.suppress(ConfigError, OSError):
                     await self.start(index)
 
     async def accept(self, listener: socket.socket) -> None:
         """Hand every connection to the process that it is for."""
         loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
         while True:
-            connection, _ = await loop.sock_accept(listener)
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptor is left: the connection waits for one
+                log.warning("a connection could not be accepted: %s", error)
+                await asyncio.sleep(_RESTART_S)
+                continue
             task = loop.create_task(self._hand_over(connection))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
