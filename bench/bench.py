@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import fastokens
 import msgspec
 import servers
 import uvloop
@@ -327,16 +326,16 @@ async def run(
     picture: Path | None,
 ) -> None:
     """Start everything, measure, print."""
-    model = directory / "model"
-    name = servers.prepare_model(model, chosen)
-    tokenizer = fastokens.Tokenizer.from_file(str(model / "tokenizer.json"))
-    completion = servers.script_completion(directory / "script.json", tokenizer)
+    prepared = servers.prepare(directory, chosen)
+    model, tokenizer, completion = prepared.model, prepared.tokenizer, prepared.completion
     plans = QUICK if quick else FULL
     load = Load(8_000, 3, 4, 1) if quick else Load(8_000, 10, 32, 3)
     cores = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    console.print(f"tokenizer and template: {name}; {cores}; fdatasync here: {_sync_ms(directory):.2f} ms")
+    console.print(
+        f"tokenizer and template: {prepared.name}; {cores}; fdatasync here: {_sync_ms(directory):.2f} ms"
+    )
     with contextlib.ExitStack() as stack:
-        engine = servers.engine(directory, directory / "script.json")
+        engine = servers.engine(directory)
         stack.callback(engine.stop)
         engine_url = engine.wait_ready()
         started = {

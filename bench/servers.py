@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import fastokens
@@ -17,6 +18,7 @@ from mock_engine import Completion
 _HERE = Path(__file__).parent
 _SHARED = _HERE.parent.parent / "shared" / "models" / "qwen3"
 _TINY = _HERE.parent / "src" / "tokentape" / "models" / "tiny"
+_SCRIPT = "script.json"
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -65,9 +67,27 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
-def engine(directory: Path, script: Path) -> Server:
-    """The mock engine."""
-    return Server([str(_HERE / "mock_engine.py"), str(script)], directory / "engine.log")
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What all servers of a bench share: the `model` directory, whose it is, and the mock engine's answer."""
+
+    model: Path
+    name: str
+    tokenizer: fastokens.Tokenizer
+    completion: Completion
+
+
+def prepare(directory: Path, chosen: Path | None = None) -> Prepared:
+    """Put the model and the mock engine's script into `directory`."""
+    model = directory / "model"
+    name = _prepare_model(model, chosen)
+    tokenizer = fastokens.Tokenizer.from_file(str(model / "tokenizer.json"))
+    return Prepared(model, name, tokenizer, _script_completion(directory / _SCRIPT, tokenizer))
+
+
+def engine(directory: Path) -> Server:
+    """The mock engine, where a bench was prepared."""
+    return Server([str(_HERE / "mock_engine.py"), str(directory / _SCRIPT)], directory / "engine.log")
 
 
 def baseline(name: str, directory: Path, model: Path, url: str) -> Server:
@@ -82,7 +102,7 @@ def gateway(store: Path, directory: Path, model: Path, url: str, *more: str) -> 
     return Server(command, directory / f"gateway-{store.stem}.log")
 
 
-def prepare_model(target: Path, chosen: Path | None) -> str:
+def _prepare_model(target: Path, chosen: Path | None) -> str:
     """Put tokenizer and chat template into `target`; says which they are."""
     target.mkdir()
     source, name = chosen, str(chosen)
@@ -105,7 +125,7 @@ def prepare_model(target: Path, chosen: Path | None) -> str:
     return name
 
 
-def script_completion(path: Path, tokenizer: fastokens.Tokenizer) -> Completion:
+def _script_completion(path: Path, tokenizer: fastokens.Tokenizer) -> Completion:
     """Write the mock engine's script: a thought and a tool call, in ids that no encoder would choose."""
     words = "The test fails because the session is closed before the last turn is stored, so I will read the"
     call = '{"name": "read_file", "arguments": {"path": "src/sessions.py", "start": "120", "end": "180"}}'

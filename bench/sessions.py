@@ -15,7 +15,6 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-import fastokens
 import msgspec
 import servers
 import uvloop
@@ -112,17 +111,14 @@ async def work(url: str, texts: Texts, sessions: Sequence[str], turns: int) -> l
 async def run(console: Console, directory: Path, *, quick: bool) -> None:
     """Fill, start, ask, work; print."""
     num_stored, num_open, num_active = (1_000, 200, 50) if quick else (100_000, 10_000, 1_000)
-    model = directory / "model"
-    servers.prepare_model(model, None)
-    raw = fastokens.Tokenizer.from_file(str(model / "tokenizer.json"))
-    servers.script_completion(directory / "script.json", raw)
-    texts, store = Texts(raw), directory / "store.sqlite"
+    prepared = servers.prepare(directory)
+    model, texts, store = prepared.model, Texts(prepared.tokenizer), directory / "store.sqlite"
     await fill(store, Tokenizer(model / "tokenizer.json"), texts, num_stored)
     size = size_of(directory)
     table = Table("what", "figure", title=f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     table.add_row("sessions in the store", f"{num_stored:,}, {size / 2**30:.2f} GB")
     with contextlib.ExitStack() as stack:
-        engine = servers.engine(directory, directory / "script.json")
+        engine = servers.engine(directory)
         stack.callback(engine.stop)
         engine_url = engine.wait_ready()
         started = time.perf_counter()

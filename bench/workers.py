@@ -10,7 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import fastokens
 import msgspec
 import servers
 import uvloop
@@ -50,14 +49,11 @@ async def load(server: Server, url: str, texts: Texts, first: str, round_: int) 
 
 async def run(console: Console, directory: Path) -> None:
     """Both by turns."""
-    model = directory / "model"
-    servers.prepare_model(model, None)
-    tokenizer = fastokens.Tokenizer.from_file(str(model / "tokenizer.json"))
-    servers.script_completion(directory / "script.json", tokenizer)
-    texts = Texts(tokenizer)
+    prepared = servers.prepare(directory)
+    model, texts = prepared.model, Texts(prepared.tokenizer)
     first = texts.of(_CONTEXT - NEW_TOKENS * _TURNS // 2, seed=1)
     with contextlib.ExitStack() as stack:
-        engine = servers.engine(directory, directory / "script.json")
+        engine = servers.engine(directory)
         stack.callback(engine.stop)
         engine_url = engine.wait_ready()
         started: dict[int, tuple[Server, str]] = {}

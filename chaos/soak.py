@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fastokens
 import msgspec
 import uvloop
 from rich.console import Console
@@ -151,20 +150,18 @@ def report(console: Console, seen: Sequence[Seen]) -> bool:
 
 async def run(console: Console, directory: Path, options: argparse.Namespace) -> int:
     """Start everything, load it, look at it; the exit code."""
-    model, script = directory / "model", directory / "script.json"
-    name = servers.prepare_model(model, None)
-    tokenizer = fastokens.Tokenizer.from_file(str(model / "tokenizer.json"))
-    servers.script_completion(script, tokenizer)
-    minutes = options.minutes
-    console.print(f"soak: {options.sessions} sessions, {minutes:g} minutes; tokenizer and template: {name}")
+    prepared, minutes = servers.prepare(directory), options.minutes
+    console.print(
+        f"soak: {options.sessions} sessions, {minutes:g} minutes; tokenizer and template: {prepared.name}"
+    )
     store = directory / "soak.sqlite"
     with contextlib.ExitStack() as stack:
-        engine = servers.engine(directory, script)
+        engine = servers.engine(directory)
         stack.callback(engine.stop)
-        gateway = servers.gateway(store, directory, model, engine.wait_ready())
+        gateway = servers.gateway(store, directory, prepared.model, engine.wait_ready())
         stack.callback(gateway.stop)
         log = directory / "gateway-soak.log"
-        soak = Soak(gateway.wait_ready(), gateway.pid, store, log, Texts(tokenizer))
+        soak = Soak(gateway.wait_ready(), gateway.pid, store, log, Texts(prepared.tokenizer))
         ends = time.monotonic() + minutes * 60
         async with asyncio.TaskGroup() as group:
             group.create_task(soak.watch(ends, min(10.0, minutes * 60 / 12)))

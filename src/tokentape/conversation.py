@@ -87,12 +87,12 @@ class Conversation:
     tree that it was attached to knows these messages, or those that they go on from: that tree's own note.
     """
 
-    __slots__ = ("_call_ids", "_known", "_num", "_waiting", "is_volatile", "keys", "walk")
+    __slots__ = ("_call_ids", "_keys", "_known", "_num", "_waiting", "is_volatile", "walk")
 
     def __init__(self) -> None:
-        self.keys: list[MessageKey] = []
         self.walk: Any = None
         self.is_volatile = False
+        self._keys: list[MessageKey] = []
         self._known: list[Known] = []
         self._num = 0
         self._waiting: list[str | None] = []
@@ -113,11 +113,11 @@ class Conversation:
         out.is_volatile = self.is_volatile or any(item.volatile for item in new)
         shared = len(self._known) == self._num
         out._known = self._known if shared else self._known[: self._num]
-        out.keys = self.keys if shared else self.keys[: self._num]
+        out._keys = self._keys if shared else self._keys[: self._num]
         ids = self._call_ids
         out._call_ids = ids if shared else {id_: at for id_, at in ids.items() if at < self._num}
         out._waiting = list(self._waiting)
-        out.keys += _keys(new, out._waiting)
+        out._keys += _keys(new, out._waiting)
         for item in new:
             for call in item.message.tool_calls:
                 out._call_ids.setdefault(call.id, len(out._known))
@@ -135,7 +135,7 @@ class Conversation:
 
     def keys_from(self, start: int) -> list[MessageKey]:
         """The keys of the messages from `start` on."""
-        return self.keys[start : self._num]
+        return self._keys[start : self._num]
 
 
 def _keys(known: Sequence[Known], waiting: list[str | None]) -> list[MessageKey]:

@@ -1,7 +1,8 @@
 """Counters and histograms of one gateway, in a registry of its own: no globals."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter as Counts
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -88,41 +89,50 @@ class Metrics:
             "tokentape_prompt_length", "Prompt tokens of a turn", buckets=_TOKENS, registry=self.registry
         )
 
-    def watch_workers(
-        self, rows: Callable[[], Sequence["WorkerRow"]], moved: Callable[[], Mapping[str, int]]
-    ) -> None:
+    def watch_workers(self, pool: "Pool") -> None:
         """Report what a pool of engines knows of its workers, whenever somebody asks."""
-        self.registry.register(_Workers(rows, moved))
+        self.registry.register(_Workers(pool))
 
     def to_text(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerRow:
+class PoolWorker(Protocol):
     """One engine: generations by `outcomes`, "ok" or the kind of the error; tokens of prompts, and cached."""
 
     url: str
-    state: str
     num_running: int
     num_ejections: int
-    outcomes: Mapping[str, int]
+    outcomes: Counts[str]
     num_prompt: int
     num_cached: int
+
+    @property
+    def state(self) -> str:
+        """Whether it is in use."""
+        ...
+
+
+class Pool(Protocol):
+    """Several engines; `moved` counts what went on at another one, by the kind of error."""
+
+    moved: Counts[str]
+
+    @property
+    def workers(self) -> Sequence[PoolWorker]:
+        """All of them."""
+        ...
 
 
 class _Workers(Collector):
     """The pool's own counts: nothing is counted twice on the way."""
 
-    def __init__(
-        self, rows: Callable[[], Sequence[WorkerRow]], moved: Callable[[], Mapping[str, int]]
-    ) -> None:
-        self._rows = rows
-        self._moved = moved
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
 
     def collect(self) -> Iterator[Metric]:
-        rows = self._rows()
+        rows = self._pool.workers
         running = GaugeMetricFamily("tokentape_worker_running", "Generations under way", labels=["worker"])
         for row in rows:
             running.add_metric([row.url], row.num_running)
@@ -147,6 +157,6 @@ class _Workers(Collector):
         moved = CounterMetricFamily(
             "tokentape_generations_moved", "Generations that went on at another worker", labels=["kind"]
         )
-        for kind, count in self._moved().items():
+        for kind, count in self._pool.moved.items():
             moved.add_metric([kind], count)
         yield from (up, ended, moved)

@@ -28,9 +28,10 @@ class Snapshot:
     samples: Mapping[_Key, float] = field(default_factory=dict[_Key, float])
     workers: tuple[Mapping[str, Any], ...] = ()
 
-    def value(self, name: str, **labels: str) -> float:
-        """One sample, 0 where there is none."""
-        return self.samples.get((f"tokentape_{name}", tuple(sorted(labels.items()))), 0.0)
+    def value(self, name: str) -> float:
+        """All samples of a name together, 0 where there is none."""
+        full = f"tokentape_{name}"
+        return sum(value for (found, _), value in self.samples.items() if found == full)
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """All samples of a name, by one label."""
@@ -100,11 +101,9 @@ def picture(url: str, now: Snapshot, before: Snapshot) -> Group:
     seconds = max(now.at - before.at, 1e-9) if before.samples else None
 
     def count(name: str) -> str:
-        new = sum(now.by(name, "finish_reason").values()) if name == "turns_total" else now.value(name)
         if seconds is None:
-            return f"{new:,.0f}"
-        old = sum(before.by(name, "finish_reason").values()) if name == "turns_total" else before.value(name)
-        return f"{(new - old) / seconds:,.1f}/s"
+            return f"{now.value(name):,.0f}"
+        return f"{(now.value(name) - before.value(name)) / seconds:,.1f}/s"
 
     prompt, cached = now.value("prompt_tokens_total"), now.value("cached_tokens_total")
     figures = Table(title=url, show_header=False, box=None)

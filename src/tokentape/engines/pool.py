@@ -275,8 +275,10 @@ class EnginePool:
             return
         worker.num_failures += 1
         worker.last_error = str(error)
-        if isinstance(error, _GONE) or worker.num_failures >= _EJECT_AFTER:
+        is_out = isinstance(error, _GONE) or worker.num_failures >= _EJECT_AFTER
+        if is_out and worker.state == "healthy" and len(self._workers) > 1:
             self._eject(worker)
+            self._watch(worker)  # anew: it may be back at once
 
     def _moved(
         self, worker: Worker, request: GenerateRequest, error: EngineError, kept: GenerateResult | None
@@ -291,11 +293,9 @@ class EnginePool:
     # -- health
 
     def _eject(self, worker: Worker) -> None:
-        if worker.state == "healthy" and len(self._workers) > 1:
-            log.warning("worker %s: ejected: %s", worker.url, worker.last_error)
-            worker.state = "ejected"
-            worker.num_ejections += 1
-            self._watch(worker)  # anew: it may be back at once
+        log.warning("worker %s: ejected: %s", worker.url, worker.last_error)
+        worker.state = "ejected"
+        worker.num_ejections += 1
 
     def _watch(self, worker: Worker) -> None:
         if worker.watching is not None:
@@ -319,9 +319,7 @@ class EnginePool:
             worker.num_failures += 1
             wait_s = min(2 * wait_s, _MAX_WAIT_S)
             if worker.state == "healthy" and worker.num_failures > 1 and self._another([worker]) is not None:
-                log.warning("worker %s: ejected: %s", worker.url, error)
-                worker.state = "ejected"
-                worker.num_ejections += 1
+                self._eject(worker)
                 await worker.engine.drop()
 
     # -- who is in

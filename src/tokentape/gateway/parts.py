@@ -23,7 +23,7 @@ from tokentape.gateway.sessions import Session, Sessions
 from tokentape.gateway.turn import Capture, Turns
 from tokentape.gateway.weights import Weights
 from tokentape.gateway.wire import WireConfig
-from tokentape.metrics import Metrics, WorkerRow
+from tokentape.metrics import Metrics
 from tokentape.model import model_directory, model_sizes
 from tokentape.render import History, Renderer
 from tokentape.store import SQLiteStore, Store
@@ -55,11 +55,10 @@ class PartsConfig:
     `model` is a directory or hub id: tokenizer, chat template and sizes; `engine` has its weights, or reaches
     the server that has them, and `pool` knows more of these; one that is given made is not closed here.
     `store` is None to keep the sessions in memory only; `shared_store`: other processes of this gateway have
-    it, too. `tool_format` and `reasoning_format` are "auto" or
-    the name of a row: of `formats`, which come first, or of `formats.FORMATS`. `template_arguments` are the
-    chat template's, where a request does not say otherwise. `volatile` are names of `volatile.RULES`, or
-    regular expressions. `capture` is what the engine is asked for beside the tokens. `memory` bounds what is
-    kept, `admission` what goes on at a time.
+    it, too. `tool_format` and `reasoning_format` are "auto" or the name of a row: of `formats`, which come
+    first, or of `formats.FORMATS`. `template_arguments` are the chat template's, where a request does not say
+    otherwise. `volatile` are names of `volatile.RULES`, or regular expressions. `capture` is what the engine
+    is asked for beside the tokens. `memory` bounds what is kept, `admission` what goes on at a time.
     """
 
     model: str
@@ -127,7 +126,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
         engine, pool = config.engine, None
         if isinstance(engine, SGLangConfig):
             engine = pool = _pool(engine, config.pool, sizes.vocab_size or renderer.tokenizer.vocab_size)
-            metrics.watch_workers(lambda: _worker_rows(pool), lambda: pool.moved)
+            metrics.watch_workers(pool)
             stack.push_async_callback(pool.aclose)
             pool.watch()
         eos_ids = sizes.eos_ids | renderer.eos_ids
@@ -202,13 +201,6 @@ def _pool(first: SGLangConfig, config: PoolConfig, vocab_size: int) -> EnginePoo
         return SGLangEngine(dataclasses.replace(first, url=url), vocab_size=vocab_size)
 
     return EnginePool((first.url, *config.more), make, config)
-
-
-def _worker_rows(pool: EnginePool) -> list[WorkerRow]:
-    return [
-        WorkerRow(w.url, w.state, w.num_running, w.num_ejections, w.outcomes, w.num_prompt, w.num_cached)
-        for w in pool.workers
-    ]
 
 
 def info_json(info: EngineInfo) -> Json:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from tokentape.engines.server import running
 from tokentape.errors import ConfigError
 from tokentape.gateway.app import make_app, session_named
 from tokentape.gateway.parts import parts
@@ -50,35 +51,30 @@ async def one_of_many(
     loop, gone = asyncio.get_running_loop(), asyncio.Event()
     async with parts(config) as gateway:
         gateway.sessions.new_id = place.new_session_id
-        async with pinning(place, lambda request: session_named(request, config.http.api_key)) as pinned:
-            app = make_app(gateway, pinned)
-            runner = web.AppRunner(
-                app, handler_cancellation=True, access_log=None, shutdown_timeout=config.drain_s
-            )
-            await runner.setup()
-            try:
-                await web.UnixSite(runner, place.socket_of(place.index)).start()
-                server = runner.server
-                assert server is not None  # noqa: S101  # it is set up
-                tasks: set[asyncio.Task[object]] = set()
+        async with (
+            pinning(place, lambda request: session_named(request, config.http.api_key)) as pinned,
+            running(make_app(gateway, pinned), drain_s=config.drain_s) as runner,
+        ):
+            await web.UnixSite(runner, place.socket_of(place.index)).start()
+            server = runner.server
+            assert server is not None  # noqa: S101  # it is set up
+            tasks: set[asyncio.Task[object]] = set()
 
-                def take() -> None:
-                    connection = _received(channel)
-                    if connection is None:
-                        loop.remove_reader(channel)
-                        gone.set()
-                        return
-                    task = asyncio.ensure_future(loop.connect_accepted_socket(server, connection))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
+            def take() -> None:
+                connection = _received(channel)
+                if connection is None:
+                    loop.remove_reader(channel)
+                    gone.set()
+                    return
+                task = asyncio.ensure_future(loop.connect_accepted_socket(server, connection))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
 
-                channel.setblocking(False)
-                loop.add_reader(channel, take)
-                channel.send(b"ready")
-                yield gone
-                loop.remove_reader(channel)
-            finally:
-                await runner.cleanup()
+            channel.setblocking(False)
+            loop.add_reader(channel, take)
+            channel.send(b"ready")
+            yield gone
+            loop.remove_reader(channel)
 
 
 def _received(channel: socket.socket) -> socket.socket | None:

@@ -124,16 +124,26 @@ async def serve(
 ) -> AsyncGenerator[str]:
     """Serve an app while the context is open; yields its URL, with the port that was bound when `port` is 0.
 
+    It ends as `running` does.
+    """
+    async with running(app, drain_s=drain_s) as runner:
+        site = web.TCPSite(runner, host, port)
+        await site.start()
+        bound = runner.addresses[0]
+        yield f"http://{f'[{host}]' if ':' in host else host}:{bound[1]}"
+
+
+@asynccontextmanager
+async def running(app: web.Application, *, drain_s: float) -> AsyncGenerator[web.AppRunner]:
+    """Run an app while the context is open; where it listens is the caller's to say.
+
     On the way out no connection is accepted; requests under way have `drain_s` seconds before they are
     aborted.
     """
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=drain_s)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
-        await site.start()
-        bound = runner.addresses[0]
-        yield f"http://{f'[{host}]' if ':' in host else host}:{bound[1]}"
+        yield runner
     finally:
         await runner.cleanup()
 

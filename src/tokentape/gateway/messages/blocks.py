@@ -108,7 +108,7 @@ def read_conversation(raw: Raw | None, session: Session, system: Sequence[Known]
         return session.known("messages", raw, lambda: [*_decode(raw, _Place(where, unheard), session)])
 
     read = read_messages(raw, session, ("messages", system), decode, answers="content")
-    if read.conversation.known()[-1].message.role == "assistant":
+    if read.conversation.known(len(read.conversation) - 1)[0].message.role == "assistant":
         raise RequestError(
             "`messages` ends with an assistant message: prefill is not supported here", param="messages"
         )
