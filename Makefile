@@ -73,7 +73,7 @@ clean:
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade 'pip>=25.1'
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo]' --group dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,ray]' --group dev
 	touch $@
 
 $(VENV)/train: $(VENV)/ready

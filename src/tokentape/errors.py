@@ -225,7 +225,7 @@ class StoreFull(StoreError):
 
 
 class LeaseLost(StoreError):
-    """Another replica writes the session now: nothing was committed here, and this copy of it is out of date."""
+    """Another replica writes the session now: nothing was committed, this copy of it is out of date."""
 
 
 class SessionSealed(TokentapeError):

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -50,14 +49,12 @@ from tokentape.postgres_sql import (
     put_turns,
 )
 from tokentape.schema import FAILURES, SESSIONS, rows_to_turns, turn_to_row
-from tokentape.store import Failure, SessionRecord, StoredSession, record_of, row_of
+from tokentape.store import Failure, Replica, SessionRecord, StoredSession, record_of, row_of
 from tokentape.tape import Turn
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LEASE_S = 10.0
-"""Seconds for which a replica's sessions stay its own after it was last heard of."""
 _PATIENCE_S = 30.0  # how long a change waits for a PostgreSQL that is being restarted
 _RETRY_S = 0.2
 _NONE = -1  # no session has this fence
@@ -71,14 +68,6 @@ _CONNECTING: Mapping[str, Any] = {
     "keepalives_count": 2,
     "application_name": "tokentape",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """A gateway on this store; `url` is where the others reach it, None where it has not said so."""
-
-    replica_id: str
-    url: str | None
 
 
 class PostgresStore:
@@ -105,7 +94,7 @@ class PostgresStore:
         *,
         readonly: bool = False,
         tokenizer: str | None = None,
-        lease_s: float = LEASE_S,
+        lease_s: float = 10.0,
         on_transaction: Callable[[float, int, bool], None] = lambda seconds, changes, ok: None,
     ) -> None:
         self.replica_id = f"r-{secrets.token_hex(6)}"
@@ -280,13 +269,13 @@ class PostgresStore:
 
     # -- replicas
 
-    async def advertise(self, url: str) -> None:
-        """Say where the other replicas reach this one."""
+    async def advertise(self, url: str | None) -> None:
+        """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
         self._url = url
         await self._do(self._renew())
 
     async def replicas(self) -> Sequence[Replica]:
-        """The replicas that are there."""
+        """The replicas that are there and are not leaving."""
         rows = await self._read(REPLICAS)
         return [Replica(row["replica_id"], row["url"]) for row in rows]
 
@@ -379,6 +368,7 @@ class PostgresStore:
             return found
         holder = await _row(connection, HOLDER, given)
         if holder is None:
+            self._fences.pop(given["session_id"], None)
             return None
         raise SessionElsewhere(
             f"session {given['session_id']!r} is another replica's ({holder['holder']}); try again",
@@ -387,7 +377,7 @@ class PostgresStore:
 
     def _check_held(self, session_id: str, *, held: bool) -> None:
         if not held:
-            self._fences.pop(session_id, None)
+            self._fences[session_id] = _NONE  # until it is loaded again: nothing may make it anew
             self._confirmed.pop(session_id, None)
             raise LeaseLost(
                 f"session {session_id!r} is no longer this replica's: nothing was stored; "

@@ -156,6 +156,36 @@ class Store(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A gateway on a store that several share; `url` is where the others reach it."""
+
+    replica_id: str
+    url: str
+
+
+class SharedStore(Store, Protocol):
+    """A store of several gateways, each of which holds the sessions that it writes.
+
+    `lease_s` seconds after a replica was last heard of, the others may take its sessions.
+    """
+
+    replica_id: str
+    lease_s: float
+
+    async def advertise(self, url: str | None) -> None:
+        """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
+        ...
+
+    async def replicas(self) -> Sequence[Replica]:
+        """The replicas that are there and are not leaving."""
+        ...
+
+    async def dismiss(self, replica_id: str) -> None:
+        """Take a replica's lease away, because it is known to be dead: its sessions are anybody's at once."""
+        ...
+
+
 @dataclass(slots=True)
 class _Work:
     """One change or question for the store's thread; `done` is answered on the loop that asked."""

@@ -6,6 +6,8 @@ from pathlib import Path
 from tokentape.errors import ConfigError
 from tokentape.store import SQLiteStore, Store
 
+LEASE_S = 10.0
+"""Seconds for which a replica's sessions stay its own after it was last heard of."""
 _DSN = ("postgresql://", "postgres://")
 
 
@@ -20,9 +22,10 @@ def open_store(
     exclusive: bool = False,
     readonly: bool = False,
     tokenizer: str | None = None,
+    lease_s: float = LEASE_S,
     on_transaction: Callable[[float, int, bool], None] = lambda seconds, changes, ok: None,
 ) -> Store:
-    """Open the store of this name; the arguments are `SQLiteStore`'s, and `PostgresStore`'s where it has them.
+    """Open the store of this name; the arguments are `SQLiteStore`'s, as far as another kind has them.
 
     Raises:
         ConfigError: it cannot be used.
@@ -38,4 +41,6 @@ def open_store(
         raise ConfigError(
             f"--store postgresql://… needs its extra: pip install 'tokentape[postgres]' ({error})"
         ) from error
-    return PostgresStore(str(where), readonly=readonly, tokenizer=tokenizer, on_transaction=on_transaction)
+    return PostgresStore(
+        str(where), readonly=readonly, tokenizer=tokenizer, lease_s=lease_s, on_transaction=on_transaction
+    )

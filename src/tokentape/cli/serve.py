@@ -14,6 +14,7 @@ import uvloop
 from tokentape.cli.options import (
     PORT,
     SECONDS,
+    STORE,
     format_options,
     log_level_option,
     log_to_stderr,
@@ -34,6 +35,7 @@ from tokentape.gateway.processes import many, one_of_many
 from tokentape.gateway.service import ServiceConfig, running
 from tokentape.gateway.turn import Capture
 from tokentape.model import TINY_MODEL
+from tokentape.stores import LEASE_S, is_shared
 from tokentape.volatile import RULES as VOLATILE
 
 _SWITCH_S = 0.0005
@@ -85,10 +87,22 @@ _COLLECT = 10_000, 20, 10
 )
 @click.option(
     "--store",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("tokentape.sqlite"),
+    type=STORE,
+    default="tokentape.sqlite",
     show_default=True,
-    help="SQLite file of the sessions; an existing one is continued.",
+    help="The sessions: an SQLite file, or postgresql://… that several gateways share; continued if there.",
+)
+@click.option(
+    "--advertise",
+    metavar="URL",
+    help="Where the other gateways on a postgresql:// store reach this one; default: where it listens.",
+)
+@click.option(
+    "--lease",
+    type=SECONDS,
+    default=LEASE_S,
+    show_default=True,
+    help="Seconds after which the others may take the sessions of a gateway that is not heard of.",
 )
 @format_options
 @click.option(
@@ -219,7 +233,9 @@ def serve(
     process: tuple[int, int, int, Path] | None,
     host: str,
     port: int,
-    store: Path,
+    store: Path | str,
+    advertise: str | None,
+    lease: float,
     tool_format: str,
     reasoning_format: str,
     formats: Path | None,
@@ -260,6 +276,8 @@ def serve(
     gc.set_threshold(*_COLLECT)
     if api_key is not None and not api_key.strip():
         raise ConfigError("--api-key is empty: leave it out, or give a key (is its variable set?)")
+    if is_shared(store) and workers > 1:
+        raise ConfigError("--workers shares a file: on a postgresql:// store start as many gateways instead")
     if "none" in volatile and len(volatile) > 1:
         raise ConfigError("--volatile none goes with no other --volatile")
     config = ServiceConfig(
@@ -278,6 +296,8 @@ def serve(
         shared_store=process is not None,
         host=host,
         port=port,
+        advertise=advertise,
+        lease_s=lease,
         tool_format=tool_format,
         reasoning_format=reasoning_format,
         formats=() if formats is None else read_formats(formats),

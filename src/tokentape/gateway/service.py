@@ -3,30 +3,69 @@
 import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import cast
 
 from tokentape.engines.server import serve
-from tokentape.gateway.app import make_app
-from tokentape.gateway.parts import PartsConfig, parts
+from tokentape.errors import ConfigError
+from tokentape.gateway.app import make_app, session_named
+from tokentape.gateway.parts import Gateway, PartsConfig, parts
+from tokentape.gateway.replicas import replicated
+from tokentape.store import SharedStore
+from tokentape.stores import is_shared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig(PartsConfig):
-    """All that `tokentape serve` can be told: what the gateway is made of, and where it listens."""
+    """All that `tokentape serve` can be told: what the gateway is made of, and where it listens.
+
+    `advertise` is the URL at which other gateways on the same store reach this one; None: where it listens.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
     drain_s: float = 30.0
+    advertise: str | None = None
 
 
 @contextlib.asynccontextmanager
 async def running(config: ServiceConfig) -> AsyncGenerator[str]:
     """Run a gateway while the context is open; yields its URL.
 
+    On a store that several share it is one of their replicas, and gives its sessions back on the way out.
+
     Raises:
         ConfigError: the model, the store or an option cannot be used.
     """
+    if is_shared(config.store) and config.advertise is None and _is_everywhere(config.host):
+        raise ConfigError(f"--host {config.host} is no address that others can ask: say --advertise http://…")
+    async with parts(config) as gateway:
+        if is_shared(config.store):
+            async with _replica(config, gateway) as url:
+                yield url
+        else:
+            async with serve(make_app(gateway), config.host, config.port, drain_s=config.drain_s) as url:
+                yield url
+
+
+@contextlib.asynccontextmanager
+async def _replica(config: ServiceConfig, gateway: Gateway) -> AsyncGenerator[str]:
+    store = cast("SharedStore", gateway.store)
     async with (
-        parts(config) as gateway,
-        serve(make_app(gateway), config.host, config.port, drain_s=config.drain_s) as url,
+        replicated(
+            store, gateway.sessions, lambda request: session_named(request, config.http.api_key)
+        ) as replicas,
+        serve(make_app(gateway, replicas.answered), config.host, config.port, drain_s=config.drain_s) as url,
     ):
-        yield url
+        await replicas.arrive(config.advertise or url)
+        try:
+            yield url
+        finally:
+            await replicas.leave(config.drain_s)
+
+
+def _is_everywhere(host: str) -> bool:
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:  # a name
+        return False

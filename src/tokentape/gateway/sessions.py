@@ -389,6 +389,11 @@ class Sessions:
                     self._memory.forget(session)
                 await self._store.release(session_id)
 
+    def is_here(self, session_id: str) -> bool:
+        """Whether the session is open and in memory."""
+        session = self._memory.get(session_id)
+        return session is not None and session.record.state == "open"
+
     def open_ids(self) -> list[str]:
         """The open sessions in memory."""
         return [one.session_id for one in self._memory.all() if one.record.state == "open"]
