@@ -18,7 +18,7 @@ IN_LETTA := HOME=$(LETTA_DIR)/home LETTA_PG_URI= $(LETTA_DIR)/bin
 # The trainers' own packages, for tests of what is exported to them; torch is the small CPU build.
 TRAINERS_DIR := $(LIVE_DIR)/trainers
 
-.PHONY: demo train-demo test check live letta trainers trl-demo bench chaos soak format clean
+.PHONY: demo train-demo test check live letta trainers trl-demo bench chaos soak scale format clean
 
 demo: $(VENV)/ready
 	$(BIN)/tokentape demo
@@ -62,6 +62,10 @@ chaos: $(VENV)/ready
 
 soak: $(VENV)/ready
 	$(BIN)/python chaos/soak.py --minutes $(SOAK_MINUTES)
+
+scale: $(VENV)/ready
+	$(BIN)/python chaos/scale.py
+	$(BIN)/pytest tests/scale
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix

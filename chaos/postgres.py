@@ -30,7 +30,8 @@ class Postgres:
         with socket.socket() as free:
             free.bind((host, 0))
             self._port = free.getsockname()[1]
-        self._call("initdb", "-D", str(self._data), "-U", "tokentape", "-A", "trust", "-E", "UTF8", "--no-sync")
+        given = ("-U", "tokentape", "-A", "trust", "-E", "UTF8", "--no-sync")
+        self._call("initdb", "-D", str(self._data), *given)
         with (self._data / "pg_hba.conf").open("a") as hba:
             hba.write("host all all 0.0.0.0/0 trust\n")
 

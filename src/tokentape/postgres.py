@@ -245,7 +245,7 @@ class PostgresStore:
 
         The database is asked only where the lease may have run out since it was last known.
         """
-        if time.monotonic() < self._valid_until and self._confirmed.get(session_id) == self._num_lapses:
+        if self.is_leased and self._confirmed.get(session_id) == self._num_lapses:
             return True
         fence, lapses = self._fences.get(session_id), self._num_lapses
         rows = await self._read(HELD_BY, {"session_id": session_id})
@@ -268,6 +268,11 @@ class PostgresStore:
             await asyncio.to_thread(self._stop_thread)
 
     # -- replicas
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether this replica's lease holds, as far as it knows: nobody else can have its sessions."""
+        return time.monotonic() < self._valid_until
 
     async def advertise(self, url: str | None) -> None:
         """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""

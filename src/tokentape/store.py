@@ -173,6 +173,11 @@ class SharedStore(Store, Protocol):
     replica_id: str
     lease_s: float
 
+    @property
+    def is_leased(self) -> bool:
+        """Whether this replica's lease holds, as far as it knows: nobody else can have its sessions."""
+        ...
+
     async def advertise(self, url: str | None) -> None:
         """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
         ...

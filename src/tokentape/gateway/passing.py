@@ -67,7 +67,7 @@ async def pass_on(
         SessionElsewhere: the peer has not got the session.
     """
     async with _asking(request, peer, more or {}) as answer:
-        if ELSEWHERE in answer.headers and more:
+        if ELSEWHERE in answer.headers:
             said = f"{peer.url} has not got the session"
             raise SessionElsewhere(said, url=answer.headers[ELSEWHERE] or None)
         response = web.StreamResponse(status=answer.status)

@@ -89,7 +89,8 @@ class Replicas:
     @web.middleware
     async def answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """A middleware: the answer of whoever has the session."""
-        if PASSED_ON.keys() & request.headers.keys():
+        is_passed_on = bool(PASSED_ON.keys() & request.headers.keys())
+        if is_passed_on and (request.method, request.path) in FOR_ALL:
             return await handler(request)
         if (request.method, request.path) in FOR_ALL:
             await self._look()
@@ -97,6 +98,10 @@ class Replicas:
             return await done_by_all(request, handler, others, PASSED_ON)
         session_id = await asked_for(request) if request.path == "/sessions" else self._named(request)
         if session_id is None:
+            return await handler(request)
+        if not self._store.is_leased:  # others may have it by now, and nobody here can look
+            raise SessionElsewhere("this replica is cut off from its store; ask another one", url=None)
+        if is_passed_on:
             return await handler(request)
         return await self._by_its_holder(request, handler, session_id)
 
@@ -112,17 +117,16 @@ class Replicas:
                     return await handler(request)
                 return await pass_on(request, self._peer(at), PASSED_ON)
             except (EngineUnavailable, SessionElsewhere) as error:
-                if isinstance(error, EngineUnavailable) and at == self._url:
-                    raise  # the engine's own
-                if time.monotonic() > until:
+                is_here, is_gone = at in ("", self._url), isinstance(error, EngineUnavailable)
+                if (is_here and is_gone) or time.monotonic() > until:  # the engine's own, or too late
                     raise
                 url = error.url if isinstance(error, SessionElsewhere) else None
-                if url is None or url == at:  # nobody reaches it: its lease must run out first
-                    await asyncio.sleep(_RETRY_S)
-                    await self._look()
-                at = self._place(session_id) if url in (None, at) else url
-                if isinstance(error, EngineUnavailable):
-                    at = self._url  # its place does not answer: taken here, as soon as it may be
+                if url not in (None, at):
+                    at = url
+                    continue
+                await asyncio.sleep(_RETRY_S)  # nobody reaches it: its lease must run out first
+                await self._look()
+                at = self._url if is_here or is_gone else self._place(session_id)
 
     async def _look(self) -> None:
         self._urls = [replica.url for replica in await self._store.replicas()]

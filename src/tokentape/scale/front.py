@@ -11,7 +11,7 @@ import aiohttp
 from aiohttp import web
 
 from tokentape.engines.server import serve
-from tokentape.errors import EngineUnavailable, TokentapeError
+from tokentape.errors import EngineUnavailable, SessionElsewhere, TokentapeError
 from tokentape.gateway.agents import Refusal, spoken
 from tokentape.gateway.passing import Peer, asked_for, metrics_of_all, pass_on
 from tokentape.gateway.replicas import places
@@ -53,10 +53,10 @@ class _Front:
         until = time.monotonic() + _PATIENCE_S
         while True:
             for url in self._order(session_id):
-                with contextlib.suppress(EngineUnavailable):
+                with contextlib.suppress(EngineUnavailable, SessionElsewhere):
                     return await pass_on(request, self._peer(url))
             if time.monotonic() > until:
-                raise EngineUnavailable("no replica of this gateway is there; one is being started")
+                raise EngineUnavailable("no replica of this gateway can answer; one is being started")
             await asyncio.sleep(_RETRY_S)
 
     def _order(self, session_id: str | None) -> Sequence[str]:

@@ -75,7 +75,9 @@ class _Supervisor:
         self._scale = scale
         self._store = store
         remote: Any = ray.remote
-        self._make = remote(num_cpus=scale.num_cpus, max_concurrency=10_000)(_Actor)
+        self._make = remote(num_cpus=scale.num_cpus, max_concurrency=10_000, scheduling_strategy="SPREAD")(
+            _Actor
+        )
         self._there: dict[str, tuple[Any, ReplicaInfo]] = {}  # by URL
         self._missed: dict[str, int] = {}
         self._starting: set[asyncio.Task[None]] = set()
