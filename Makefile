@@ -56,6 +56,7 @@ bench: $(VENV)/ready
 	$(BIN)/python bench/parse.py
 	$(BIN)/python bench/bench.py --plot docs/performance.png
 	$(BIN)/python bench/workers.py
+	$(BIN)/python bench/scale.py
 
 chaos: $(VENV)/ready
 	$(BIN)/python chaos/run.py

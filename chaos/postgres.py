@@ -55,6 +55,12 @@ class Postgres:
         with contextlib.suppress(subprocess.CalledProcessError):  # it is not running
             self._call("pg_ctl", "stop", "-w", "-m", mode, "-D", str(self._data))
 
+    def pids(self) -> list[int]:
+        """The processes of the server that runs."""
+        parent = int((self._data / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return [parent, *map(int, children)]
+
     def _call(self, command: str, *arguments: str) -> None:
         done = subprocess.run(
             [self._bin / command, *arguments],
