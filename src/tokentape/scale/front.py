@@ -11,7 +11,7 @@ import aiohttp
 from aiohttp import web
 
 from tokentape.engines.server import serve
-from tokentape.errors import EngineUnavailable, SessionElsewhere, TokentapeError
+from tokentape.errors import EngineUnavailable, SessionElsewhere, TokentapeError, TooLarge
 from tokentape.gateway.agents import Refusal, spoken
 from tokentape.gateway.passing import Peer, asked_for, metrics_of_all, pass_on
 from tokentape.gateway.replicas import places
@@ -91,10 +91,10 @@ async def _errors(
     try:
         return await handler(request)
     except TokentapeError as error:
-        refusal = Refusal.of(spoken(request.path, request.headers), error)
-        return web.Response(
-            body=refusal.body,
-            status=refusal.status,
-            content_type="application/json",
-            headers=refusal.headers,
-        )
+        refused = error
+    except web.HTTPRequestEntityTooLarge:
+        refused = TooLarge("the body is larger than this gateway takes (--max-body-mb)")
+    refusal = Refusal.of(spoken(request.path, request.headers), refused)
+    return web.Response(
+        body=refusal.body, status=refusal.status, content_type="application/json", headers=refusal.headers
+    )
