@@ -18,6 +18,7 @@ class Postgres:
     """A cluster in a directory; `dsn` is the same before and after a restart."""
 
     def __init__(self, directory: Path, *, host: str = "127.0.0.1", settings: tuple[str, ...] = ()) -> None:
+        self.directory = directory
         self._data = directory / "data"
         self._log = directory / "log"
         self._bin = _binaries()
