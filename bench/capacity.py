@@ -1,7 +1,7 @@
 """A simulation of 100,000 concurrent sessions on N replicas and one PostgreSQL, one of the replicas killed.
 
 Every session belongs to a replica, which is one core that does one thing at a time. A turn costs it CPU
-before the engine and behind it, then a commit; between turns the agent's tool runs. What a turn costs is given
+before the engine and behind it, then a commit; between turns a tool runs. What a turn costs is given
 as measured (`bench/scale.py`, `bench/sessions.py`); engine and tools are drawn from log-normal distributions.
 In the middle one replica dies: its sessions are read from the store again by the others.
 """
