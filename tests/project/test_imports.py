@@ -53,7 +53,9 @@ LAYERS: dict[str, set[str]] = {
         "scale", "stores", "tokenizer", "verify", "volatile", "",
     },
     "clients": {*CORE, "gateway"},
-    "inprocess": {*CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "tape"},
+    "inprocess": {
+        *CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "stores", "tape",
+    },
     "adapters": {*CORE, "", "adapters", "engines.sglang", "export", "model"},
     "__main__": {"cli"},
     "": {"inprocess"},
