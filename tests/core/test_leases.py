@@ -48,12 +48,27 @@ async def test_a_lease_that_ran_out_is_asked_for_again(database: str) -> None:
     assert await one.holds("s")  # nobody has taken it: the database says so
     assert await two.load("s") is not None
     assert not await one.holds("s")
+
+
+async def test_a_lease_that_is_renewed_too_late_is_another_one(database: str) -> None:
+    """What it was known to hold before is asked for again, although it has a lease."""
+    one, two = PostgresStore(database, lease_s=0.5), PostgresStore(database, lease_s=60.0)
+    for session_id in ("s", "t"):
+        await one.put_session(record(session_id))
+    one._renewing.cancel()
+    await asyncio.sleep(0.6)
+    assert await two.load("s") is not None
+    await one._do(one._renew())
+    assert one.is_leased
+    assert [await one.holds(session_id) for session_id in ("s", "t")] == [False, True]
     await one.aclose()
     await two.aclose()
 
 
-async def test_a_turn_whose_answer_was_lost_is_stored_once(database: str) -> None:
-    """The connection breaks behind the commit: the second try finds it."""
+@pytest.mark.parametrize("is_taken", [False, True], ids=["still held", "taken meanwhile"])
+async def test_a_turn_whose_answer_was_lost_is_stored_once(is_taken: bool, database: str) -> None:
+    """The connection breaks behind the commit: the second try finds it, whoever has the session by then."""
+    other = PostgresStore(database)
     store = PostgresStore(database)
     await store.put_session(record())
     broken: list[int] = []
@@ -61,9 +76,11 @@ async def test_a_turn_whose_answer_was_lost_is_stored_once(database: str) -> Non
 
     async def lost(self: Any, query: Any, *given: Any, **more: Any) -> Any:
         done = await execute(self, query, *given, **more)
-        if b"INSERT INTO turns" in query and not broken:
+        if isinstance(query, bytes) and b"INSERT INTO turns" in query and not broken:
             broken.append(1)
             await self.connection.close()
+            if is_taken:
+                await asyncio.wrap_future(other._submit(_taken(other, store.replica_id)))
             raise psycopg.OperationalError("the connection is lost")
         return done
 
@@ -71,7 +88,15 @@ async def test_a_turn_whose_answer_was_lost_is_stored_once(database: str) -> Non
         patch.setattr(psycopg.AsyncCursor, "execute", lost)
         await store.put_turns("s", [turn("t1"), turn("t2")])
     assert broken
-    stored = await store.load("s")
+    stored = await (other if is_taken else store).load("s")
     assert stored is not None
     assert [t.turn_id for t in stored.turns] == ["t1", "t2"]
     await store.aclose()
+    await other.aclose()
+
+
+async def _taken(other: PostgresStore, holder: str) -> None:
+    """Another replica takes the session; in its own store's thread."""
+    async with other._pool.connection() as connection:
+        await connection.execute("DELETE FROM replicas WHERE replica_id = %s", (holder,))
+        await other._take(connection, {"session_id": "s", "me": other.replica_id})

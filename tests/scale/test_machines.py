@@ -1,4 +1,4 @@
-"""`make scale` in small: three machines in network namespaces, one cut off from the store while it samples."""
+"""`make scale` in small: three machines in network namespaces, one cut off from the store as it samples."""
 
 import os
 import shutil
