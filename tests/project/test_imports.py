@@ -51,8 +51,9 @@ LAYERS: dict[str, set[str]] = {
     "clients": {*CORE, "gateway"},
     "inprocess": {*CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "tape"},
     "adapters": {*CORE, "", "adapters", "engines.sglang", "export", "model"},
+    "rollout": {*CORE, "rollout", "schema"},
     "__main__": {"cli"},
-    "": {"inprocess"},
+    "": {"inprocess", "rollout"},
 }  # fmt: skip
 # Outside the package: who alone may import it.
 ONLY: dict[str, tuple[str, ...]] = {
@@ -68,8 +69,9 @@ ONLY: dict[str, tuple[str, ...]] = {
     "httpx2": ("clients",),
     "sqlite3": ("store",),
     "jinja2": ("template",),
-    "pyarrow": ("schema", "export", "cli", "demo"),
-    "rich": ("audit.show", "verify.show", "cli", "demo"),
+    "pyarrow": ("schema", "export", "cli", "demo", "rollout"),
+    "ray": ("rollout.onray",),
+    "rich": ("audit.show", "verify.show", "cli", "demo", "rollout.progress"),
     "click": ("cli",),
 }
 PURE = (
