@@ -1,7 +1,8 @@
 """What tests of rollouts share: an agent's turn, and what a store must look like afterwards."""
 
+import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Served:
         assert [s["state"] for s in await self.sessions()] == ["finished"] * count
 
     async def check(self, groups: Sequence[Group]) -> None:
-        """The store has these groups' episodes, finished, and nothing else; each group has all its samples."""
+        """The store has these groups' episodes, finished, and nothing else; each has all its samples."""
         sessions = await self.sessions()
         assert {s["state"] for s in sessions} <= {"finished"}
         assert sorted(s["session_id"] for s in sessions) == sorted(i for g in groups for i in g.session_ids)
@@ -69,6 +70,13 @@ class Served:
             assert [row["session_id"] for row in rows] == group.session_ids
             assert [row["reward"] for row in rows] == group.rewards
             assert {row["group_id"] for row in rows} <= {group.group_id}
+
+
+async def until(condition: Callable[[], Any], within_s: float = 10.0) -> None:
+    """Wait for something that nobody announces."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 def agent(tmp_path: Path, code: str) -> Path:

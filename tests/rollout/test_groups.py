@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from rolloutkit import Served, rollouts, solve, turn
+from rolloutkit import Served, rollouts, solve, turn, until
 
 from gatewaykit import Gateway, gateway_for, sampled
 from tokentape.errors import ConfigError, GatewayRefused, GatewayUnavailable, GroupFailed
@@ -232,8 +232,12 @@ async def test_tasks_are_read_as_there_is_room(served: Served) -> None:
 
 
 async def test_cancelling_leaves_nothing_half_done(served: Served) -> None:
+    open_turns = 0
+
     async def episode(task: Any, episode: Episode) -> float:
+        nonlocal open_turns
         await turn(episode)
+        open_turns += bool(task)
         await asyncio.sleep(60 if task else 0)
         return 1.0
 
@@ -243,8 +247,8 @@ async def test_cancelling_leaves_nothing_half_done(served: Served) -> None:
                 pass
 
     consumer = asyncio.create_task(consume())
-    while sum(s["state"] == "open" for s in await served.sessions()) < 4:
-        await asyncio.sleep(0.05)
+    await until(lambda: open_turns == 4)
+    await asyncio.sleep(0.1)
     consumer.cancel()
     with pytest.raises(asyncio.CancelledError):
         await consumer
@@ -276,7 +280,7 @@ async def test_agents_get_their_sessions_own_key(fake: FakeSGLang, model_dir: An
 
 
 async def test_a_gateway_that_is_away_ends_the_run(gateway: Gateway) -> None:
-    with pytest.raises(GatewayUnavailable, match="within 0.5 s"):
+    with pytest.raises(GatewayUnavailable, match="no answer"):
         _ = [g async for g in rollouts(solve, [0], "http://127.0.0.1:1", gateway_timeout_s=0.5)]
 
 
