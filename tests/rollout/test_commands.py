@@ -1,6 +1,5 @@
 """Agents that are commands, in processes of their own."""
 
-import asyncio
 import contextlib
 import sys
 from pathlib import Path

@@ -126,6 +126,7 @@ async def test_a_failed_group_ends_the_run_if_asked(served: Served) -> None:
         ("0.5", "episode_result_wrong", "returned '0.5'"),
         (float("nan"), "episode_result_wrong", "not a finite number"),
         (Result(1.0, {"x": object()}), "episode_result_wrong", "cannot be sent"),
+        (Result(1.0, {"rollout": 1}), "episode_result_wrong", "not the agent's"),
         (Result(1.0, {}, {"t-nobody": 1.0}), "episode_result_wrong", "turn_rewards"),
     ],
 )

@@ -150,6 +150,21 @@ async def test_commands_run_in_tasks_too(served: Served, tmp_path: Path) -> None
     await served.check([group])
 
 
+async def test_tables_stay_in_the_object_store(served: Served) -> None:
+    @ray.remote
+    def make_table() -> pa.Table:
+        return pa.table({"token_ids": pa.array(range(1_000_000), pa.int32())})
+
+    async with served.rollouts(make("well"), [], on="ray") as groups:
+        runner = groups._driver._runner
+        ref = make_table.remote()
+        ray.wait([ref])
+        before = pa.total_allocated_bytes()
+        (table,) = runner.resolve([ref])
+        assert table.num_rows == 1_000_000
+        assert pa.total_allocated_bytes() == before
+
+
 def test_an_old_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "__version__", "2.9.3")
     with pytest.raises(ConfigError, match=r"ray 2.40 or newer.*this is 2.9.3"):

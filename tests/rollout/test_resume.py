@@ -95,6 +95,7 @@ class Lossy(Control):
 
     lost: int
     methods: tuple[str, ...]
+    dying = False
 
     async def _ask(self, method: str, path: str, body: Any = None, **options: Any) -> bytes:
         from tokentape.errors import GatewayUnavailable
@@ -103,14 +104,13 @@ class Lossy(Control):
         what = path.rsplit("/", 1)[-1] if method == "POST" else method
         if what in self.methods and Lossy.lost > 0:
             Lossy.lost -= 1
-            if what != "finish":
-                received = await super()._ask(method, path, body, **options)
-            else:
+            if self.dying:
                 raise GatewayUnavailable("lost")
+            received = await super()._ask(method, path, body, **options)
         return received
 
 
-@pytest.mark.parametrize("call", ["sessions", "DELETE"])
+@pytest.mark.parametrize("call", ["sessions", "finish", "DELETE"])
 async def test_a_lost_reply_is_asked_for_again(
     served: Served, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -134,6 +134,7 @@ async def test_a_driver_that_dies_at_finish(served: Served, monkeypatch: pytest.
         patched.setattr("tokentape.rollout.start.Control", Lossy)
         patched.setattr(Lossy, "methods", ("finish",), raising=False)
         patched.setattr(Lossy, "lost", 1, raising=False)
+        patched.setattr(Lossy, "dying", True)
         with pytest.raises(Exception, match="lost"):
             await some(served, 100)
     done = {s["session_id"] for s in await served.sessions() if s["state"] == "finished"}
@@ -152,7 +153,7 @@ async def test_the_gateway_restarts_in_the_middle(
     async def consume() -> None:
         url = f"http://127.0.0.1:{unused_port}"
         async with rollouts(
-            solve, range(20), url, group_size=2, concurrency=4, retries=5, gateway_timeout_s=30
+            solve, range(20), url, group_size=2, concurrency=4, retries=0, gateway_timeout_s=30
         ) as groups:
             async for group in groups:
                 taken.append(group)  # noqa: PERF401  # one by one, as a trainer does

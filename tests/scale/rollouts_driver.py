@@ -1,4 +1,4 @@
-"""A trainer that dies: takes groups from `tokentape.rollouts` and writes down what it got, until it is killed.
+"""A trainer that dies: it takes groups from `tokentape.rollouts` and writes down what it got.
 
 python rollouts_driver.py GATEWAY JOURNAL NOTES GROUPS GROUP_SIZE
 """

@@ -1,4 +1,4 @@
-"""1,000 episodes of the bundled model through `tokentape.rollouts`; their driver is killed twice (kill -9)."""
+"""1,000 episodes of the bundled model through `tokentape.rollouts`; the driver is killed twice (kill -9)."""
 
 import contextlib
 import json
@@ -82,7 +82,7 @@ def test_a_thousand_episodes_and_two_dead_drivers(tmp_path: Path) -> None:
             taken.append(len(noted(tmp_path)))
         with driver(gateway, tmp_path) as last:
             assert last.wait(timeout=RUN_S) == 0
-    print(
+    print(  # noqa: T201
         f"\n{GROUPS * GROUP_SIZE} episodes, driver killed behind {taken[1:]} groups: "
         f"{time.monotonic() - started:.0f} s"
     )

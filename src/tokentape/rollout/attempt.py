@@ -45,7 +45,8 @@ async def perform(control: Control, settings: Settings, attempt: Attempt) -> Fin
     except EpisodeFailed as error:
         await unbroken(control.delete(attempt.session_id))
         log.info("episode %s failed: %s", attempt.session_id, error, exc_info=error.__cause__)
-        return failure(attempt, error, time.monotonic() - started)
+        away = control.last_away >= started
+        return failure(attempt, error, time.monotonic() - started, gateway_away=away)
 
 
 async def collect(control: Control, session_id: str, reward: float | None) -> Finished:
@@ -69,7 +70,9 @@ async def settle(control: Control, session_id: str) -> Finished | None:
     return None
 
 
-def failure(attempt: Attempt, error: EpisodeFailed, elapsed_s: float) -> EpisodeFailure:
+def failure(
+    attempt: Attempt, error: EpisodeFailed, elapsed_s: float, *, gateway_away: bool = False
+) -> EpisodeFailure:
     """The record of a failed attempt."""
     return EpisodeFailure(
         kind=error.kind,
@@ -78,6 +81,7 @@ def failure(attempt: Attempt, error: EpisodeFailed, elapsed_s: float) -> Episode
         member=attempt.member,
         attempt=attempt.number,
         elapsed_s=elapsed_s,
+        gateway_away=gateway_away,
     )
 
 
@@ -158,6 +162,8 @@ def _checked(returned: object) -> Result:
     rewards = [result.reward, *result.turn_rewards.values(), *result.branch_rewards.values()]
     if any(reward is not None and not math.isfinite(reward) for reward in rewards):
         raise EpisodeResultWrong("a reward is not a finite number")
+    if "rollout" in result.metadata:
+        raise EpisodeResultWrong("the metadata key `rollout` says which episode it is: it is not the agent's")
     return result
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncGenerator
@@ -47,12 +48,15 @@ class Listed:
 class Control:
     """Sessions of one gateway. A call waits through restarts and overload, `gateway_timeout_s` at most.
 
+    `last_away` is when the gateway could last not be reached (`time.monotonic()`).
+
     Raises:
         GatewayUnavailable: there was no answer in that time. Whether the call was done is not known.
         GatewayRefused: the gateway will not do it.
     """
 
     def __init__(self, settings: Settings) -> None:
+        self.last_away = -math.inf
         self._gateway = settings.gateway.rstrip("/")
         self._settings = settings
         key = settings.api_key
@@ -165,6 +169,7 @@ class Control:
                     wait_s = max(pause_s, float(answer.headers.get("Retry-After", "0")))
             except (aiohttp.ClientError, OSError, ValueError) as error:  # a TimeoutError is an OSError
                 why, wait_s = f"{method} {path}: {type(error).__name__} {error}".rstrip(), pause_s
+                self.last_away = time.monotonic()
             wait_s *= random.uniform(0.5, 1.0)  # noqa: S311  # so that not all come back at once
             if time.monotonic() + wait_s >= until:
                 raise GatewayUnavailable(f"no answer from {self._gateway} within {within_s:g} s; last, {why}")

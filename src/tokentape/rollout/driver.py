@@ -159,10 +159,13 @@ class Driver:
                 outcome = await self._runner.recover(attempt.session_id)
                 if outcome is not None:
                     return self._finished(attempt, outcome)
-            for number in range(1, self._plan.retries + 2):
+            left, number = self._plan.retries + 1, 0
+            while left:
+                number += 1
                 outcome = await self._runner.run(self._next(attempt, number))
                 if isinstance(outcome, Finished):
                     return self._finished(attempt, outcome)
+                left -= not outcome.gateway_away
                 failures.append(outcome)
                 self._watch.failed()
         if self._plan.on_failure == "keep":

@@ -50,7 +50,10 @@ EpisodeFunction: TypeAlias = Callable[[Any, Episode], Awaitable[float | Result]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeFailure:
-    """An attempt that came to nothing; its session is deleted. `kind` is its error's (`EpisodeFailed`)."""
+    """An attempt that came to nothing; its session is deleted. `kind` is its error's (`EpisodeFailed`).
+
+    `gateway_away`: the gateway was not reached meanwhile. Such a failure uses up no retry.
+    """
 
     kind: str
     message: str
@@ -58,6 +61,7 @@ class EpisodeFailure:
     member: int
     attempt: int
     elapsed_s: float
+    gateway_away: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
