@@ -120,6 +120,18 @@ async def test_a_command_that_ignores_being_stopped_is_killed(served: Served, tm
         await until_gone(pid)
 
 
+async def test_a_command_may_clean_up(served: Served, tmp_path: Path) -> None:
+    code = (
+        "import signal\n"
+        "def clean(*_): open('cleaned', 'w').close(); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, clean)\n"
+        "os.chdir(os.path.dirname(os.path.abspath(__file__)))\n"
+        "turn(); time.sleep(60)"
+    )
+    await served.all([sys.executable, str(agent(tmp_path, code))], ["t"], deadline_s=1.5, retries=0)
+    assert (tmp_path / "cleaned").exists()
+
+
 async def test_what_a_command_leaves_behind_ends_with_it(served: Served, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = agent(tmp_path, HANGING.format(pids=str(pids)) + "print(1)")

@@ -73,6 +73,11 @@ async def test_sampling_and_limits_are_the_sessions(served: Served) -> None:
 async def test_a_failed_attempt_is_tried_again_and_leaves_nothing(served: Served) -> None:
     async def episode(task: Any, episode: Episode) -> float:
         await turn(episode)
+        if episode.attempt == 2:  # the first one's session is gone before, not only at the end of the run
+            mine = {
+                s["session_id"] for s in await served.sessions() if f".{episode.member}." in s["session_id"]
+            }
+            assert mine == {episode.session_id}
         if episode.attempt == 1 and episode.member == 1:
             raise RuntimeError("the tool broke")
         return 1.0

@@ -12,7 +12,7 @@ import pytest
 from rolloutkit import Served, agent, until
 
 import tokentape
-from tokentape.errors import ConfigError
+from tokentape.errors import ConfigError, GatewayRefused
 from tokentape.rollout import Episode, OnRay, onray
 from tokentape.schema import SAMPLES
 
@@ -123,6 +123,20 @@ async def test_a_task_that_dies_behind_its_finish_is_finished(
     assert group.complete
     assert group.failures == ()
     await served.check([group])
+
+
+async def test_what_the_gateway_refuses_ends_the_run(served: Served) -> None:
+    with pytest.raises(GatewayRefused, match=r"400.*temprature") as caught:
+        await served.all(make("well"), ["t"], on="ray", session={"sampling": {"temprature": 1}})
+    assert caught.value.code == 400
+
+
+async def test_a_trainer_without_a_loop(served: Served) -> None:
+    def train() -> list[int]:
+        with served.rollouts(make("well"), range(3), group_size=2, concurrency=2, on="ray") as groups:
+            return [group.table.num_rows for group in groups]
+
+    assert await asyncio.to_thread(train) == [2, 2, 2]
 
 
 async def test_a_run_goes_on(served: Served) -> None:

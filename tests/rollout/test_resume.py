@@ -73,6 +73,23 @@ async def test_a_second_one_of_an_episode_is_deleted(served: Served) -> None:
     assert first.session_ids in [group.session_ids for group in groups]
 
 
+async def test_what_outlives_a_driver_is_deleted(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """A task of an earlier driver whose session is made, and finished, when the new one has looked."""
+    zombie = "r.000003.1.1-ffffffff"
+
+    async def episode(task: Any, episode: Episode) -> float:
+        if (episode.index, episode.member) == (7, 0):
+            await served.gateway.create(session_id=zombie)
+            await served.gateway.create(session_id="r.mine")
+            await served.gateway.ok("POST", f"/sessions/{zombie}/finish", {"reward": 9.0})
+        return await solve(task, episode)
+
+    groups = await some(served, 100, episode)
+    await served.gateway.ok("DELETE", "/sessions/r.mine")
+    await served.check(groups)
+    assert f"{zombie} (finished) is nobody's" in caplog.text
+
+
 async def test_other_tasks_are_refused(served: Served, tmp_path: Path) -> None:
     await some(served, 2)
     with pytest.raises(ConfigError, match="another task"):

@@ -1,6 +1,6 @@
 """A trainer that dies: it takes groups from `tokentape.rollouts` and writes down what it got.
 
-python rollouts_driver.py GATEWAY JOURNAL NOTES GROUPS GROUP_SIZE
+python rollouts_driver.py GATEWAY JOURNAL NOTES GROUPS GROUP_SIZE local|ray
 """
 
 import json
@@ -11,7 +11,9 @@ from typing import Any
 import aiohttp
 
 import tokentape
-from tokentape.rollout import Episode
+from tokentape.rollout import Episode, OnRay
+
+RAY = {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False, "object_store_memory": 100 * 2**20}
 
 
 async def episode(task: Any, episode: Episode) -> float:
@@ -30,7 +32,7 @@ async def episode(task: Any, episode: Episode) -> float:
     return float(len(message["content"] or "") % 2)
 
 
-def main(gateway: str, journal: str, notes: str, num_groups: int, group_size: int) -> None:
+def main(gateway: str, journal: str, notes: str, num_groups: int, group_size: int, on: str) -> None:
     tasks = [{"question": f"What is {n} + {n + 1}?"} for n in range(num_groups)]
     with (
         tokentape.rollouts(
@@ -38,7 +40,8 @@ def main(gateway: str, journal: str, notes: str, num_groups: int, group_size: in
             tasks,
             gateway=gateway,
             group_size=group_size,
-            concurrency=32,
+            concurrency=32 if on == "local" else 4,
+            on=OnRay(num_cpus=0.5, init=RAY) if on == "ray" else "local",
             deadline_s=60,
             run="scale",
             journal=journal,
@@ -61,4 +64,4 @@ def main(gateway: str, journal: str, notes: str, num_groups: int, group_size: in
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))
+    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])

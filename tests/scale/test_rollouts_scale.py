@@ -20,8 +20,7 @@ from tokentape.invariants import check_samples
 from tokentape.model import TINY_MODEL
 from tokentape.rollout.names import read
 
-GROUPS, GROUP_SIZE = 250, 4
-KILLED_BEHIND = (80, 170)  # groups
+GROUP_SIZE = 4
 START_S, RUN_S = 120.0, 600.0
 HERE = Path(__file__).parent
 
@@ -43,8 +42,8 @@ def command(*arguments: str) -> Generator[str]:
 
 
 @contextlib.contextmanager
-def driver(gateway: str, directory: Path) -> Generator["subprocess.Popen[bytes]"]:
-    words = [gateway, directory / "journal.jsonl", directory / "notes", GROUPS, GROUP_SIZE]
+def driver(gateway: str, directory: Path, num_groups: int, on: str) -> Generator["subprocess.Popen[bytes]"]:
+    words = [gateway, directory / "journal.jsonl", directory / "notes", num_groups, GROUP_SIZE, on]
     process = subprocess.Popen([sys.executable, str(HERE / "rollouts_driver.py"), *map(str, words)])
     try:
         yield process
@@ -59,8 +58,8 @@ def noted(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def until_killed(gateway: str, directory: Path, behind: int) -> None:
-    with driver(gateway, directory) as process:
+def until_killed(gateway: str, directory: Path, num_groups: int, on: str, behind: int) -> None:
+    with driver(gateway, directory, num_groups, on) as process:
         until = time.monotonic() + RUN_S
         while len(noted(directory)) < behind:
             assert process.poll() is None, "the driver ended before it was killed"
@@ -69,7 +68,14 @@ def until_killed(gateway: str, directory: Path, behind: int) -> None:
         os.kill(process.pid, 9)
 
 
-def test_a_thousand_episodes_and_two_dead_drivers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("on", "num_groups", "killed_behind"),
+    [("local", 250, (80, 170)), ("ray", 25, (8, 16))],
+    ids=["a thousand here", "a hundred on Ray"],
+)
+def test_two_dead_drivers(tmp_path: Path, on: str, num_groups: int, killed_behind: tuple[int, ...]) -> None:
+    if on == "ray":
+        pytest.importorskip("ray", reason="needs the extra `ray`")
     store, out = tmp_path / "store.sqlite", tmp_path / "rollouts.parquet"
     started = time.monotonic()
     with (
@@ -77,13 +83,13 @@ def test_a_thousand_episodes_and_two_dead_drivers(tmp_path: Path) -> None:
         command("serve", "--model", str(TINY_MODEL), "--engine", engine, "--store", str(store)) as gateway,
     ):
         taken = [0]
-        for behind in KILLED_BEHIND:
-            until_killed(gateway, tmp_path, behind)
+        for behind in killed_behind:
+            until_killed(gateway, tmp_path, num_groups, on, behind)
             taken.append(len(noted(tmp_path)))
-        with driver(gateway, tmp_path) as last:
+        with driver(gateway, tmp_path, num_groups, on) as last:
             assert last.wait(timeout=RUN_S) == 0
     print(  # noqa: T201
-        f"\n{GROUPS * GROUP_SIZE} episodes, driver killed behind {taken[1:]} groups: "
+        f"\n{num_groups * GROUP_SIZE} episodes, driver killed behind {taken[1:]} groups: "
         f"{time.monotonic() - started:.0f} s"
     )
 
@@ -95,9 +101,9 @@ def test_a_thousand_episodes_and_two_dead_drivers(tmp_path: Path) -> None:
         assert note["trained"] > 0
     # Every group was delivered once; only the one in hand when a driver died came again, and is the same.
     by_group = {note["group"]: note for note in notes}
-    assert len(by_group) == GROUPS
+    assert len(by_group) == num_groups
     twice = [group for group, count in Counter(note["group"] for note in notes).items() if count > 1]
-    assert len(notes) <= GROUPS + len(KILLED_BEHIND)
+    assert len(notes) <= num_groups + len(killed_behind)
     assert set(twice) <= {notes[end - 1]["group"] for end in taken[1:]}
     assert all(note["sessions"] == by_group[note["group"]]["sessions"] for note in notes)
 
@@ -108,7 +114,7 @@ def test_a_thousand_episodes_and_two_dead_drivers(tmp_path: Path) -> None:
     exported = {row["session_id"] for row in rows}
     assert exported == {session for note in notes for session in note["sessions"]}
     places = Counter(read("scale", session) for session in exported)
-    assert places == Counter((task, member) for task in range(GROUPS) for member in range(GROUP_SIZE))
+    assert places == Counter((task, member) for task in range(num_groups) for member in range(GROUP_SIZE))
     assert all(row["reward"] is not None for row in rows)
     assert len({row["sample_id"] for row in rows}) == len(rows)
     assert check_samples(rows) == []

@@ -123,12 +123,13 @@ class Control:
         with pa.ipc.open_stream(pa.py_buffer(received)) as reader:
             return reader.read_all()
 
-    async def listed(self, prefix: str, state: str | None = None) -> AsyncGenerator[Listed]:
+    async def listed(self, prefix: str) -> AsyncGenerator[Listed]:
         """All sessions whose id begins with `prefix`, in the order of their ids."""
         after = prefix
-        query = {"limit": str(_PAGE)} if state is None else {"limit": str(_PAGE), "state": state}
         while True:
-            page = msgspec.json.decode(await self._ask("GET", "/sessions", query={**query, "after": after}))
+            page = msgspec.json.decode(
+                await self._ask("GET", "/sessions", query={"limit": str(_PAGE), "after": after})
+            )
             for row in page["sessions"]:
                 if not row["session_id"].startswith(prefix):
                     return

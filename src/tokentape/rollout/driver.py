@@ -58,6 +58,7 @@ class Driver:
         self._skip = skip
         self._deliver = deliver
         self._watch = watch
+        self._known: set[str] = set()  # sessions of episodes that are delivered, or will be
         self._slots = asyncio.Semaphore(plan.concurrency)
         self._room = asyncio.Semaphore(math.ceil(plan.concurrency / plan.group_size) + plan.ahead)
 
@@ -82,7 +83,7 @@ class Driver:
                         continue
                     await self._room.acquire()
                     groups.create_task(self._group(index, task, found.pop(index, {})))
-            await self._delete_open()
+            await self._delete_strays()
         except BaseExceptionGroup as errors:
             raise _first(errors) from errors
 
@@ -99,6 +100,7 @@ class Driver:
             members = found.setdefault(index, {})
             if listed.state == "finished" and member not in members:
                 members[member] = (listed.session_id, listed.metadata.get("rollout", {}))
+                self._known.add(listed.session_id)
                 continue
             if listed.state == "finished":
                 log.warning("session %s is a second one of its episode: deleted", listed.session_id)
@@ -185,6 +187,7 @@ class Driver:
 
     def _finished(self, attempt: Attempt, finished: Finished) -> Member:
         self._watch.finished(finished.reward)
+        self._known.add(finished.session_id)
         return Member(
             member=attempt.member,
             session_id=finished.session_id,
@@ -197,10 +200,12 @@ class Driver:
         async for listed in self._control.listed(f"{group_id}."):
             await self._control.delete(listed.session_id)
 
-    async def _delete_open(self) -> None:
-        """What lost calls may have left: no exporter is to find half an episode."""
-        async for listed in self._control.listed(f"{self._plan.run}.", state="open"):
-            if names.read(self._plan.run, listed.session_id) is not None:
+    async def _delete_strays(self) -> None:
+        """What lost calls, or tasks that outlived their driver, have left: no exporter is to find it."""
+        async for listed in self._control.listed(f"{self._plan.run}."):
+            ours = names.read(self._plan.run, listed.session_id) is not None
+            if ours and listed.session_id not in self._known:
+                log.warning("session %s (%s) is nobody's: deleted", listed.session_id, listed.state)
                 await self._control.delete(listed.session_id)
 
 
