@@ -68,7 +68,7 @@ def test_the_bar_is_for_terminals(
         watch.failed()
         watch.finished(0.5)
         watch.finished(1.0)
-        watch.ready()
+        watch.ready(0)
     said = capsys.readouterr()
     assert said.out == ""
     if terminal:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rolloutkit import Served, rollouts, solve, turn
+from rolloutkit import Served, rollouts, solve, turn, until
 
 from gatewaykit import gateway_for, sampled
-from tokentape.errors import ConfigError, StoreError
+from tokentape.errors import ConfigError, GatewayRefused, StoreError
 from tokentape.rollout import Episode, Group
 from tokentape.rollout.control import Control
 from tokentape.rollout.journal import Journal
@@ -187,6 +187,44 @@ async def test_the_gateway_restarts_in_the_middle(
         assert len(taken) == 20
         assert all(group.complete for group in taken)
         await Served(gateway, fake).check(taken)
+
+
+async def test_the_engine_restarts_in_the_middle(served: Served) -> None:
+    fake = served.fake
+    taken: list[Group] = []
+
+    async def episode(task: Any, episode: Episode) -> float:
+        await asyncio.sleep(0.05)
+        return await solve(task, episode)
+
+    async def consume() -> None:
+        async with served.rollouts(episode, range(20), group_size=2, concurrency=4, retries=0) as groups:
+            async for group in groups:
+                taken.append(group)  # noqa: PERF401
+
+    consumer = asyncio.create_task(consume())
+    await until(lambda: len(taken) > 3)
+    await fake.aclose()
+    await asyncio.sleep(1)
+    assert not consumer.done()
+    await fake.start()
+    await consumer
+    assert len(taken) == 20
+    assert all(group.complete for group in taken)
+    assert any(failure.outage for group in taken for failure in group.failures)
+    await served.check(taken)
+
+
+async def test_a_session_that_vanishes_ends_the_run(served: Served) -> None:
+    async def episode(task: Any, episode: Episode) -> float:
+        await turn(episode)
+        if task == 3:
+            await served.gateway.ok("DELETE", f"/sessions/{episode.session_id}")
+        return 1.0
+
+    with pytest.raises(GatewayRefused, match="404"):
+        await served.all(episode, range(6), concurrency=2)
+    assert {s["state"] for s in await served.sessions()} == {"finished"}
 
 
 @pytest.fixture

@@ -45,8 +45,9 @@ async def perform(control: Control, settings: Settings, attempt: Attempt) -> Fin
     except EpisodeFailed as error:
         await unbroken(control.delete(attempt.session_id))
         log.info("episode %s failed: %s", attempt.session_id, error, exc_info=error.__cause__)
-        away = control.last_away >= started
-        return failure(attempt, error, time.monotonic() - started, gateway_away=away)
+        elapsed_s = time.monotonic() - started
+        await control.ready()  # an attempt that an outage has spoiled is not held against the episode
+        return failure(attempt, error, elapsed_s, outage=control.last_away >= started)
 
 
 async def collect(control: Control, session_id: str, reward: float | None) -> Finished:
@@ -71,7 +72,7 @@ async def settle(control: Control, session_id: str) -> Finished | None:
 
 
 def failure(
-    attempt: Attempt, error: EpisodeFailed, elapsed_s: float, *, gateway_away: bool = False
+    attempt: Attempt, error: EpisodeFailed, elapsed_s: float, *, outage: bool = False
 ) -> EpisodeFailure:
     """The record of a failed attempt."""
     return EpisodeFailure(
@@ -81,7 +82,7 @@ def failure(
         member=attempt.member,
         attempt=attempt.number,
         elapsed_s=elapsed_s,
-        gateway_away=gateway_away,
+        outage=outage,
     )
 
 

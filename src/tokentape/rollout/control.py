@@ -48,7 +48,7 @@ class Listed:
 class Control:
     """Sessions of one gateway. A call waits through restarts and overload, `gateway_timeout_s` at most.
 
-    `last_away` is when the gateway could last not be reached (`time.monotonic()`).
+    `last_away` is when the gateway, or what it needs, was last not there (`time.monotonic()`).
 
     Raises:
         GatewayUnavailable: there was no answer in that time. Whether the call was done is not known.
@@ -73,6 +73,10 @@ class Control:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._http.close()
+
+    async def ready(self) -> None:
+        """Return when the gateway says that its engine answers."""
+        await self._ask("GET", "/readyz")
 
     async def create(self, attempt: Attempt) -> Opened:
         """Open the attempt's session. One that a lost call has left is removed first: nobody has used it."""
@@ -167,6 +171,8 @@ class Control:
                     why = f"{method} {path}: {answer.status} {_message(received)}"
                     if answer.status != 429 and answer.status < 500:
                         raise GatewayRefused(why, code=answer.status)
+                    if answer.status != 429:
+                        self.last_away = time.monotonic()
                     wait_s = max(pause_s, float(answer.headers.get("Retry-After", "0")))
             except (aiohttp.ClientError, OSError, ValueError) as error:  # a TimeoutError is an OSError
                 why, wait_s = f"{method} {path}: {type(error).__name__} {error}".rstrip(), pause_s

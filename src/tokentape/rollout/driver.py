@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast
 
 from tokentape.errors import ConfigError, GroupFailed, StoreError
@@ -33,7 +33,11 @@ class Plan:
 
 
 class _MemberLostError(Exception):
-    """All attempts of a member have failed."""
+    """All attempts of a member have failed; `last` is the last one."""
+
+    def __init__(self, last: EpisodeFailure) -> None:
+        super().__init__(last.message)
+        self.last = last
 
 
 class Driver:
@@ -108,7 +112,46 @@ class Driver:
         return found
 
     async def _group(self, index: int, task: Any, found: Mapping[int, tuple[str, Json]]) -> None:
-        plan, group_id = self._plan, names.group_id(self._plan.run, index)
+        group_id = names.group_id(self._plan.run, index)
+        notes = self._notes(index, task, found)
+        failures: list[EpisodeFailure] = []
+        episodes: list[asyncio.Task[Member | None]] = []
+        lost: EpisodeFailure | None = None
+        try:
+            async with asyncio.TaskGroup() as running:
+                for member in range(self._plan.group_size):
+                    first = Attempt(
+                        session_id=names.session_id(group_id, member, 1),
+                        group_id=group_id,
+                        index=index,
+                        member=member,
+                        number=1,
+                        task=task,
+                        notes={**notes, "member": member, "attempt": 1},
+                    )
+                    earlier = found[member][0] if member in found else None
+                    episodes.append(running.create_task(self._member(first, earlier, failures)))
+        except* _MemberLostError as errors:
+            lost = cast("_MemberLostError", _first(errors)).last
+        there = [member for episode in episodes if (member := _result(episode)) is not None]
+        if lost is not None:
+            await self._drop(group_id, lost, failures)
+        self._watch.ready(self._plan.group_size - len(there))
+        self._deliver(
+            Group(
+                task=task,
+                index=index,
+                group_id=group_id,
+                group_size=self._plan.group_size,
+                members=tuple(there) if lost is None else (),
+                failures=tuple(failures),
+                resolve=self._runner.resolve,
+            )
+        )
+
+    def _notes(self, index: int, task: Any, found: Mapping[int, tuple[str, Json]]) -> Json:
+        """What a session says of the run in its metadata; those that are there must say the same."""
+        plan = self._plan
         notes = {"run": plan.run, "task": index, "group_size": plan.group_size, "digest": names.digest(task)}
         for session_id, theirs in found.values():
             if any(theirs.get(name) != value for name, value in notes.items()):
@@ -116,74 +159,40 @@ class Driver:
                     f"run {plan.run!r} was begun with another task {index} or another group size: session "
                     f"{session_id} is of {theirs}, not of {notes}"
                 )
-        failures: list[EpisodeFailure] = []
-        running: list[asyncio.Task[Member | None]] = []
-        lost = False
-        try:
-            async with asyncio.TaskGroup() as episodes:
-                for member in range(plan.group_size):
-                    attempt = Attempt(
-                        session_id=found[member][0] if member in found else "",
-                        group_id=group_id,
-                        index=index,
-                        member=member,
-                        number=0,
-                        task=task,
-                        notes=notes,
-                    )
-                    running.append(episodes.create_task(self._member(attempt, failures)))
-        except* _MemberLostError:
-            lost = True
-        if lost and plan.on_failure == "raise":
-            raise GroupFailed(
-                f"group {group_id}: all attempts of an episode failed, the last one: {failures[-1].message}",
-                failures=failures,
-            )
-        if lost:
-            await self._delete_all(group_id)
-        there = [] if lost else [one.result() for one in running]
-        group = Group(
-            task=task,
-            index=index,
-            group_id=group_id,
-            group_size=plan.group_size,
-            members=tuple(one for one in there if one is not None),
-            failures=tuple(failures),
-            resolve=self._runner.resolve,
-        )
-        self._watch.ready()
-        self._deliver(group)
+        return notes
 
-    async def _member(self, attempt: Attempt, failures: list[EpisodeFailure]) -> Member | None:
+    async def _member(
+        self, attempt: Attempt, earlier: str | None, failures: list[EpisodeFailure]
+    ) -> Member | None:
         """An episode of a group, finished; None, or `_MemberLostError`, where all attempts failed."""
         async with self._slots:
-            if attempt.session_id:
-                outcome = await self._runner.recover(attempt.session_id)
+            if earlier is not None:
+                outcome = await self._runner.recover(earlier)
                 if outcome is not None:
                     return self._finished(attempt, outcome)
-            left, number = self._plan.retries + 1, 0
-            while left:
-                number += 1
-                outcome = await self._runner.run(self._next(attempt, number))
-                if isinstance(outcome, Finished):
-                    return self._finished(attempt, outcome)
-                left -= not outcome.gateway_away
+            left = self._plan.retries + 1
+            while isinstance(outcome := await self._runner.run(attempt), EpisodeFailure):
                 failures.append(outcome)
                 self._watch.failed()
+                left -= not outcome.outage
+                if not left:
+                    break
+                attempt = _next(attempt)
+            else:
+                return self._finished(attempt, outcome)
         if self._plan.on_failure == "keep":
             return None
-        raise _MemberLostError
+        raise _MemberLostError(outcome)
 
-    def _next(self, attempt: Attempt, number: int) -> Attempt:
-        return Attempt(
-            session_id=names.session_id(attempt.group_id, attempt.member, number),
-            group_id=attempt.group_id,
-            index=attempt.index,
-            member=attempt.member,
-            number=number,
-            task=attempt.task,
-            notes={**attempt.notes, "member": attempt.member, "attempt": number},
-        )
+    async def _drop(self, group_id: str, lost: EpisodeFailure, failures: list[EpisodeFailure]) -> None:
+        """What becomes of a group that cannot be whole."""
+        if self._plan.on_failure == "raise":
+            raise GroupFailed(
+                f"group {group_id}: all attempts of an episode failed, the last one with {lost.message}",
+                failures=failures,
+            )
+        async for listed in self._control.listed(f"{group_id}."):
+            await self._control.delete(listed.session_id)
 
     def _finished(self, attempt: Attempt, finished: Finished) -> Member:
         self._watch.finished(finished.reward)
@@ -196,10 +205,6 @@ class Driver:
             samples=finished.samples,
         )
 
-    async def _delete_all(self, group_id: str) -> None:
-        async for listed in self._control.listed(f"{group_id}."):
-            await self._control.delete(listed.session_id)
-
     async def _delete_strays(self) -> None:
         """What lost calls, or tasks that outlived their driver, have left: no exporter is to find it."""
         async for listed in self._control.listed(f"{self._plan.run}."):
@@ -207,6 +212,17 @@ class Driver:
             if ours and listed.session_id not in self._known:
                 log.warning("session %s (%s) is nobody's: deleted", listed.session_id, listed.state)
                 await self._control.delete(listed.session_id)
+
+
+def _next(attempt: Attempt) -> Attempt:
+    number = attempt.number + 1
+    session_id = names.session_id(attempt.group_id, attempt.member, number)
+    return replace(attempt, session_id=session_id, number=number, notes={**attempt.notes, "attempt": number})
+
+
+def _result(episode: asyncio.Task[Member | None]) -> Member | None:
+    """The member that an episode has become; None where it was lost, or stopped because another one was."""
+    return None if episode.cancelled() or episode.exception() is not None else episode.result()
 
 
 def _leaf(error: BaseException) -> BaseException:

@@ -116,7 +116,7 @@ def _ray() -> Any:
     """
     needed = f"episodes on Ray need ray {'.'.join(map(str, _OLDEST))} or newer: pip install 'tokentape[ray]'"
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise ConfigError(f"{needed} ({error})") from error
     ray_: Any = ray

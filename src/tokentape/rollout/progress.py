@@ -50,10 +50,10 @@ class Watch:
         self._num_failed += 1
         self._show(0)
 
-    def ready(self) -> None:
-        """A group waits for its consumer."""
+    def ready(self, num_missing: int) -> None:
+        """A group waits for its consumer, without so many episodes."""
         self._num_groups += 1
-        self._show(0)
+        self._show(num_missing)
 
     def _show(self, advance: int) -> None:
         words = [f"{self._num_groups} groups"]

@@ -52,7 +52,7 @@ EpisodeFunction: TypeAlias = Callable[[Any, Episode], Awaitable[float | Result]]
 class EpisodeFailure:
     """An attempt that came to nothing; its session is deleted. `kind` is its error's (`EpisodeFailed`).
 
-    `gateway_away`: the gateway was not reached meanwhile. Such a failure uses up no retry.
+    `outage`: the gateway, or its engine, was away meanwhile. Such a failure uses up no retry.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class EpisodeFailure:
     member: int
     attempt: int
     elapsed_s: float
-    gateway_away: bool = False
+    outage: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
