@@ -85,13 +85,13 @@ async def test_groups_are_references_to_arrow(served: Served, tmp_path: Path) ->
     ("name", "kind", "said"),
     [
         ("raise", "episode_failed", "RuntimeError: the tool broke"),
-        ("late", "episode_timeout", "not over after 2 s"),
+        ("late", "episode_timeout", "not over after 4 s"),
         ("block", "episode_timeout", "its Ray task died"),
         ("die", "episode_failed", "its Ray task died"),
     ],
 )
 async def test_what_fails_is_typed_and_tried_again(served: Served, name: str, kind: str, said: str) -> None:
-    (group,) = await served.all(make(name), ["t"], on="ray", deadline_s=2)
+    (group,) = await served.all(make(name), ["t"], on="ray", deadline_s=4)
     assert group.complete
     assert [failure.kind for failure in group.failures] == [kind]
     assert said in group.failures[0].message

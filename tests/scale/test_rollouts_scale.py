@@ -70,8 +70,8 @@ def until_killed(gateway: str, directory: Path, num_groups: int, on: str, behind
 
 @pytest.mark.parametrize(
     ("on", "num_groups", "killed_behind"),
-    [("local", 250, (80, 170)), ("ray", 25, (8, 16))],
-    ids=["a thousand here", "a hundred on Ray"],
+    [("local", 250, (80, 170)), ("ray", 12, (4, 8))],
+    ids=["a thousand here", "forty-eight on Ray"],
 )
 def test_two_dead_drivers(tmp_path: Path, on: str, num_groups: int, killed_behind: tuple[int, ...]) -> None:
     if on == "ray":
