@@ -94,6 +94,7 @@ async def test_a_failed_attempt_is_tried_again_and_leaves_nothing(served: Served
 async def broken(task: Any, episode: Episode) -> float:
     await turn(episode)
     if task == "bad" and episode.member == 1:
+        await asyncio.sleep(0.3)  # the others are finished before
         raise ValueError("never works")
     return 1.0
 
