@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from postgres import Postgres, postgres
 
 from tokentape.model import TINY_MODEL
 
@@ -91,3 +93,23 @@ def _await_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> No
                 return
         time.sleep(1)
     pytest.fail(f"SGLang was not ready after {_START_S:g} s; {log} ends:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """One PostgreSQL for the whole run; whoever stops it starts it again."""
+    with postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def database(postgres_server: Postgres) -> Iterator[str]:
+    """The DSN of a new database."""
+    import psycopg  # other virtual environments that run some of the tests have none
+
+    name = f"t{secrets.token_hex(8)}"
+    with psycopg.connect(postgres_server.dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    yield postgres_server.dsn_of(name)
+    with psycopg.connect(postgres_server.dsn, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())

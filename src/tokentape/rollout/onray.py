@@ -1,5 +1,6 @@
 """Episodes as Ray tasks: each reads its samples itself and leaves them in the object store as Arrow."""
 
+# pyright: reportMissingImports=false, reportMissingTypeStubs=false
 import asyncio
 import contextlib
 import os
@@ -116,7 +117,7 @@ def _ray() -> Any:
     """
     needed = f"episodes on Ray need ray {'.'.join(map(str, _OLDEST))} or newer: pip install 'tokentape[ray]'"
     try:
-        import ray  # pyright: ignore[reportMissingImports]  # an extra
+        import ray
     except ImportError as error:
         raise ConfigError(f"{needed} ({error})") from error
     ray_: Any = ray
