@@ -29,6 +29,14 @@
     │   └── LeaseLost                    503     yes      another replica writes the session now
     ├── SessionSealed                    503     yes      what the store has of the session must be read again
     ├── SessionElsewhere                 503     yes      another replica has the session
+    ├── EpisodeFailed                     -      yes      an episode raised, or its command failed
+    │   ├── EpisodeTimeout                -      yes      it was not over at its deadline
+    │   ├── EpisodeResultWrong            -      yes      what it returned is not a reward
+    │   └── EpisodeEmpty                  -      yes      it took no turn
+    ├── GroupFailed                       -       no      all attempts of one of its episodes failed
+    ├── GatewayError                      -       no      a driver of rollouts cannot go on
+    │   ├── GatewayUnavailable            -      yes      the gateway did not answer for too long
+    │   └── GatewayRefused                -       no      it answered what no repetition changes
     └── InternalError                    500      no      a broken invariant: our bug, never the user's
 
 `status` is the HTTP status that every wire dialect answers; `retryable` says whether the same request may
@@ -36,7 +44,8 @@ succeed later without a change. Each dialect (`gateway/chat.py`, …) maps this 
 one point.
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 
 class TokentapeError(Exception):
@@ -244,6 +253,50 @@ class SessionElsewhere(TokentapeError):
     def __init__(self, message: str, *, url: str | None) -> None:
         super().__init__(message)
         self.url = url
+
+
+class EpisodeFailed(TokentapeError):
+    """An attempt at an episode came to nothing: its function raised, or its command did not end with 0."""
+
+    retryable = True
+
+
+class EpisodeTimeout(EpisodeFailed):
+    """An attempt was not over at its deadline."""
+
+
+class EpisodeResultWrong(EpisodeFailed):
+    """What an attempt returned is not a reward that can be recorded."""
+
+
+class EpisodeEmpty(EpisodeFailed):
+    """An attempt was over without a turn: there is nothing to train."""
+
+
+class GroupFailed(TokentapeError):
+    """All attempts of one of a group's episodes failed; `failures` has what each of them said."""
+
+    def __init__(self, message: str, *, failures: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.failures = tuple(failures)
+
+
+class GatewayError(TokentapeError):
+    """A driver of rollouts cannot go on: what it asked of the gateway was not done, or nobody knows."""
+
+
+class GatewayUnavailable(GatewayError):
+    """The gateway did not answer for too long; whether it has done the last call is not known."""
+
+    retryable = True
+
+
+class GatewayRefused(GatewayError):
+    """The gateway answered what no repetition changes; `code` is its HTTP status."""
+
+    def __init__(self, message: str, *, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class InternalError(TokentapeError):

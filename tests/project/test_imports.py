@@ -57,8 +57,9 @@ LAYERS: dict[str, set[str]] = {
         *CORE, "clients", "engines", "export", "formats", "gateway", "render", "store", "stores", "tape",
     },
     "adapters": {*CORE, "", "adapters", "engines.sglang", "export", "model"},
+    "rollout": {*CORE, "rollout", "schema"},
     "__main__": {"cli"},
-    "": {"inprocess"},
+    "": {"inprocess", "rollout"},
 }  # fmt: skip
 # Outside the package: who alone may import it.
 ONLY: dict[str, tuple[str, ...]] = {
@@ -78,7 +79,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "scale.front",
         "testing",
     ),
-    "ray": ("scale.ray",),
+    "ray": ("scale.ray", "rollout.onray"),
     "openai": ("demo", "clients", "inprocess"),
     "anthropic": ("clients", "inprocess"),
     "httpx2": ("clients",),
@@ -86,8 +87,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "psycopg": ("postgres", "postgres_sql"),
     "psycopg_pool": ("postgres",),
     "jinja2": ("template",),
-    "pyarrow": ("schema", "export", "cli", "demo"),
-    "rich": ("audit.show", "verify.show", "cli", "demo"),
+    "pyarrow": ("schema", "export", "cli", "demo", "rollout"),
+    "rich": ("audit.show", "verify.show", "cli", "demo", "rollout.progress"),
     "click": ("cli",),
 }
 PURE = (
