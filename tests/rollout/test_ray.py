@@ -181,7 +181,7 @@ async def test_tables_stay_in_the_object_store(served: Served) -> None:
 
 def test_an_old_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "__version__", "2.9.3")
-    with pytest.raises(ConfigError, match=r"ray 2.40 or newer.*this is 2.9.3"):
+    with pytest.raises(ConfigError, match=r"ray 2.49 or newer.*this is 2.9.3"):
         asyncio.run(_enter())
 
 

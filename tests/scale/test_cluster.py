@@ -10,12 +10,14 @@ import aiohttp
 import pytest
 from click.testing import CliRunner
 
+import tokentape
 from gatewaykit import USER, Agent, Gateway, assert_samples_match, sampled, seen_by
 from tokentape.cli import main
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError
 from tokentape.gateway.replicas import places
 from tokentape.gateway.service import ServiceConfig
+from tokentape.rollout import Episode, Group
 from tokentape.scale import Cluster, ScaleConfig
 from tokentape.scale.front import front
 from tokentape.testing import FakeSGLang
@@ -161,3 +163,37 @@ async def test_the_front_asks_the_next_one(fake: FakeSGLang, model_dir: Path, da
         assert (await behind.show(gone))["turns"] == 3
         too_large = await behind.post(gone, {"messages": [{"role": "user", "content": "x" * (2 << 20)}]})
         assert (too_large.status, too_large.error["code"]) == (413, "too_large")
+
+
+async def test_rollouts_over_replicas(
+    ray_here: None, fake: FakeSGLang, model_dir: Path, database: str
+) -> None:
+    """A replica is killed in the middle of a run: every group comes whole, every episode once."""
+    import ray
+
+    fake.responder = lambda asked: sampled("hello", seed=len(asked.input_ids), delay_s=0.02)
+
+    async def episode(task: Any, one: Episode) -> float:
+        async with aiohttp.ClientSession() as client:
+            body: dict[str, Any] = {"messages": [{"role": "user", "content": f"hello {task}"}]}
+            async with client.post(f"{one.base_url}/chat/completions", json=body) as answer:
+                answer.raise_for_status()
+        return float(task)
+
+    async with cluster(fake, model_dir, database, replicas=2) as (made, gateway):
+        seen: list[Group] = []
+        tasks = range(24)
+        async with tokentape.rollouts(
+            episode, tasks, gateway=made.url, group_size=4, concurrency=16, retries=5, progress=False
+        ) as groups:
+            async for group in groups:
+                seen.append(group)
+                if len(seen) == 3:
+                    actor = made._supervisor._there[made.replicas[0].url][0]
+                    await asyncio.to_thread(ray.kill, actor)
+        assert sorted(group.index for group in seen) == list(tasks)
+        assert all(group.complete and set(group.rewards) == {float(group.task)} for group in seen)
+        told = [one for group in seen for one in group.session_ids]
+        listed = (await gateway.ok("GET", "/sessions?limit=1000"))["sessions"]
+        assert sorted(told) == sorted(one["session_id"] for one in listed)
+        assert {one["state"] for one in listed} == {"finished"}

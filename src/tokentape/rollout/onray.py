@@ -17,7 +17,7 @@ from tokentape.rollout.attempt import failure, perform, settle, unbroken
 from tokentape.rollout.control import Control
 from tokentape.rollout.records import Attempt, EpisodeFailure, Finished, Settings
 
-_OLDEST = (2, 40)
+_OLDEST = (2, 49)
 _CANCEL_S = 10.0
 _BEAT_S = 0.5
 
