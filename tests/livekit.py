@@ -23,6 +23,7 @@ ENGINES = Path(os.environ.get("TOKENTAPE_ENGINES", Path(__file__).parent.parent.
 LIVE_MODELS = {"smollm2": LIVE_DIR / "smollm2", "tiny": TINY_MODEL}
 ROUTER = LIVE_DIR / "router/bin/sglang-router"
 _START_S = 300.0
+_ROUTER_START_S = 30.0
 
 
 def free_port() -> int:
@@ -46,9 +47,9 @@ class LiveProcess:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         return cls(name, command, url, log, process)
 
-    def await_answer(self, path: str) -> None:
+    def await_answer(self, path: str, timeout_s: float = _START_S) -> None:
         """Wait for a 200 on `path`."""
-        deadline = time.monotonic() + _START_S
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 pytest.fail(f"{self.name} ended with {self.process.returncode}; {self._end_of_log()}")
@@ -59,7 +60,7 @@ class LiveProcess:
                 if answer.status == 200:
                     return
             time.sleep(0.5)
-        pytest.fail(f"{self.name} was not ready after {_START_S:g} s; {self._end_of_log()}")
+        pytest.fail(f"{self.name} was not ready after {timeout_s:g} s; {self._end_of_log()}")
 
     def kill(self) -> None:
         """As a crash: nothing is said to anybody."""
@@ -145,7 +146,7 @@ def routed(worker_urls: Sequence[str]) -> Iterator[str]:
     ]
     process = LiveProcess.start("router", command, f"http://127.0.0.1:{port}")
     try:
-        process.await_answer("/readiness")  # with the first of them
+        process.await_answer("/readiness", _ROUTER_START_S)  # with the first of them
         while len(workers_of(process.url)) < len(worker_urls):
             time.sleep(0.1)
         yield process.url
