@@ -140,6 +140,17 @@ async def test_a_pause_and_an_abort_reach_every_server(routed: Routed) -> None:
         assert check_samples(await routed.gateway.samples(session_id)) == []
 
 
+async def test_a_client_that_leaves_aborts_wherever_it_was(routed: Routed) -> None:
+    routed.a.responder = routed.b.responder = lambda _: Reply([*split("hello world"), END], delay_s=0.2)
+    session_id = await routed.gateway.create()
+    turn = asyncio.create_task(routed.gateway.chat(session_id, [USER]))
+    await routed.a.until(lambda: bool(routed.a.requests or routed.b.requests))
+    turn.cancel()
+    (received,) = [*routed.a.requests, *routed.b.requests]
+    for fake in (routed.a, routed.b):  # nobody says which of them has it
+        await fake.until(lambda fake=fake: received.rid in fake.aborts)
+
+
 async def test_weights_need_one_name_at_all_servers(routed: Routed) -> None:
     routed.a.weight_version = "7"
     answer = await routed.gateway.request("POST", "/weights", {"version": "7"})

@@ -56,14 +56,14 @@ async def test_sessions_stay_with_a_server_and_are_exact(
     sglang_servers: LiveServers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What reached each server is recorded between the router and it."""
-    num_sessions, num_turns = 6, 4
+    num_sessions, num_turns = 6, 3
     servers = await asyncio.to_thread(sglang_servers.of, "tiny", 2)
     async with contextlib.AsyncExitStack() as stack:
         records = [await stack.enter_async_context(recording(server.url)) for server in servers]
         gateway, _ = await stack.enter_async_context(
             behind_a_router(servers, tmp_path / "s.sqlite", [record.url for record in records])
         )
-        agents = await asyncio.gather(*(talk(gateway, n, num_turns, 48) for n in range(num_sessions)))
+        agents = await asyncio.gather(*(talk(gateway, n, num_turns, 40) for n in range(num_sessions)))
         rows = [await gateway.samples(agent.session_id) for agent in agents]
         on = [[record for record in records if record.seen(turn_ids(samples))] for samples in rows]
     cached: list[int] = []

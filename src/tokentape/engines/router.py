@@ -32,7 +32,7 @@ class Listing(msgspec.Struct):
 def check_passes(request: GenerateRequest) -> None:
     """Refuse what the router would drop: the answer would look sound and be of another distribution.
 
-    `stream_interval` is dropped, too, and only makes events smaller.
+    `stream_interval` is dropped, too: it only saves bytes.
 
     Raises:
         EngineRejected: the operator asked to capture what the router does not ask for.
