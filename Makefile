@@ -18,7 +18,7 @@ IN_LETTA := HOME=$(LETTA_DIR)/home LETTA_PG_URI= $(LETTA_DIR)/bin
 # The trainers' own packages, for tests of what is exported to them; torch is the small CPU build.
 TRAINERS_DIR := $(LIVE_DIR)/trainers
 
-.PHONY: demo train-demo test check live letta trainers trl-demo bench chaos soak format clean
+.PHONY: demo train-demo test check live letta trainers trl-demo bench chaos soak scale format clean
 
 demo: $(VENV)/ready
 	$(BIN)/tokentape demo
@@ -56,12 +56,17 @@ bench: $(VENV)/ready
 	$(BIN)/python bench/parse.py
 	$(BIN)/python bench/bench.py --plot docs/performance.png
 	$(BIN)/python bench/workers.py
+	$(BIN)/python bench/scale.py
 
 chaos: $(VENV)/ready
 	$(BIN)/python chaos/run.py
 
 soak: $(VENV)/ready
 	$(BIN)/python chaos/soak.py --minutes $(SOAK_MINUTES)
+
+scale: $(VENV)/ready
+	$(BIN)/python chaos/scale.py
+	$(BIN)/pytest tests/scale
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix
@@ -73,7 +78,7 @@ clean:
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade 'pip>=25.1'
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo]' --group dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,ray]' --group dev
 	touch $@
 
 $(VENV)/train: $(VENV)/ready

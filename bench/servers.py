@@ -54,10 +54,11 @@ class Server:
     def cpu_s(self) -> float:
         """CPU seconds of all threads so far, its children's included."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return sum(map(_cpu_s, (self.pid, *map(int, children))))
+        return sum(map(cpu_s, (self.pid, *map(int, children))))
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far; none where it has ended."""
     with contextlib.suppress(OSError):  # nanoseconds, where the kernel counts them
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         total_ns = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
@@ -95,11 +96,12 @@ def baseline(name: str, directory: Path, model: Path, url: str) -> Server:
     return Server([str(_HERE / f"{name}.py"), str(model), url], directory / f"{name}.log")
 
 
-def gateway(store: Path, directory: Path, model: Path, url: str, *more: str) -> Server:
-    """The real gateway, as its command line starts it."""
+def gateway(store: Path | str, directory: Path, model: Path, url: str, *more: str) -> Server:
+    """The real gateway, as its command line starts it; its log is named for store and first option."""
     command = ["-m", "tokentape", "serve", "--port", "0", "--context-length", "1048576"]
     command += ["--model", str(model), "--engine", url, "--store", str(store), *more]
-    return Server(command, directory / f"gateway-{store.stem}.log")
+    name = "-".join((str(store).rpartition("/")[2].partition(".")[0], *more[:1]))
+    return Server(command, directory / f"gateway-{name}.log")
 
 
 def _prepare_model(target: Path, chosen: Path | None) -> str:

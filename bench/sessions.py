@@ -1,7 +1,7 @@
 """Many sessions: start-up behind a large store, listing, and 10,000 open sessions of which 1,000 are at work.
 
-`python bench/sessions.py [--quick]`. The store is filled through its own interface, and the process that
-filled it does not close it: the gateway starts behind a crash.
+`python bench/sessions.py [--quick] [--postgres]`. The store is filled through its own interface. An SQLite
+file is not closed by the process that filled it: the gateway starts behind a crash.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import statistics
+import sys
 import tempfile
 import time
 from array import array
@@ -22,10 +23,14 @@ from driver import Agent, Http, Texts
 from rich.console import Console
 from rich.table import Table
 
-from tokentape.store import SessionRecord, SQLiteStore
+from tokentape.store import SessionRecord
+from tokentape.stores import is_shared, open_store
 from tokentape.tape import BranchReason, LogprobBasis, Origin, Turn
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Message, Sampling, TokenRun, VersionSpan
+
+sys.path.append(str(Path(__file__).parent.parent / "chaos"))
+from postgres import Postgres, postgres
 
 _BATCH = 500
 _AT_ONCE = 64
@@ -62,9 +67,9 @@ def made_up(turn_id: str, prompt: TokenRun, text: str) -> Turn:
     )
 
 
-async def fill(path: Path, tokenizer: Tokenizer, texts: Texts, num_sessions: int) -> None:
-    """A store with this many open sessions of one turn, about 10 kB each; not closed."""
-    store = SQLiteStore(path, tokenizer=tokenizer.fingerprint)
+async def fill(where: Path | str, tokenizer: Tokenizer, texts: Texts, num_sessions: int) -> None:
+    """A store with this many open sessions of one turn, about 10 kB each."""
+    store = open_store(where, tokenizer=tokenizer.fingerprint)
     text = texts.of(1_000, seed=1)
     prompt = TokenRun(tokenizer.encode(text))
     for start in range(0, num_sessions, _BATCH):
@@ -72,10 +77,13 @@ async def fill(path: Path, tokenizer: Tokenizer, texts: Texts, num_sessions: int
         await asyncio.gather(*(store.put_session(SessionRecord(name, "open", 0.0)) for name in names))
         await asyncio.gather(*(store.put_turns(name, [made_up(f"t-{name}", prompt, text)]) for name in names))
 
+    if is_shared(where):
+        await store.aclose()  # or its lease would have to run out first
+
 
 def size_of(directory: Path) -> int:
     """Bytes of the store's files."""
-    return sum(path.stat().st_size for path in directory.glob("store.sqlite*"))
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 async def timed(http: Http, path: str) -> float:
@@ -108,15 +116,19 @@ async def work(url: str, texts: Texts, sessions: Sequence[str], turns: int) -> l
     return latencies
 
 
-async def run(console: Console, directory: Path, *, quick: bool) -> None:
+async def run(console: Console, directory: Path, database: Postgres | None, *, quick: bool) -> None:
     """Fill, start, ask, work; print."""
     num_stored, num_open, num_active = (1_000, 200, 50) if quick else (100_000, 10_000, 1_000)
     prepared = servers.prepare(directory)
-    model, texts, store = prepared.model, Texts(prepared.tokenizer), directory / "store.sqlite"
+    model, texts = prepared.model, Texts(prepared.tokenizer)
+    files = directory / "store" if database is None else database.directory
+    files.mkdir(exist_ok=True)
+    store = files / "store.sqlite" if database is None else database.dsn
+    started = time.perf_counter()
     await fill(store, Tokenizer(model / "tokenizer.json"), texts, num_stored)
-    size = size_of(directory)
+    filled_s, size = time.perf_counter() - started, size_of(files)
     table = Table("what", "figure", title=f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    table.add_row("sessions in the store", f"{num_stored:,}, {size / 2**30:.2f} GB")
+    table.add_row("sessions in the store", f"{num_stored:,}, {size / 2**30:.2f} GB, in {filled_s:.0f} s")
     with contextlib.ExitStack() as stack:
         engine = servers.engine(directory)
         stack.callback(engine.stop)
@@ -164,9 +176,13 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few sessions: does it work?")
+    parser.add_argument("--postgres", action="store_true", help="in PostgreSQL in place of SQLite")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="tokentape-sessions-") as directory:
-        uvloop.run(run(Console(width=None if os.isatty(1) else 120), Path(directory), quick=options.quick))
+    console = Console(width=None if os.isatty(1) else 120)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="tokentape-sessions-"))
+        database = stack.enter_context(postgres()) if options.postgres else None
+        uvloop.run(run(console, Path(directory), database, quick=options.quick))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class Conductor:
         since = time.monotonic()
         self._is_full = True
         filling = asyncio.create_task(self._keep_full())
-        while not self._is_felt(since) and time.monotonic() < since + _LONGEST_FULL_S:  # noqa: ASYNC110  # a state, no event
+        while not self._is_felt(since) and time.monotonic() < since + _LONGEST_FULL_S:
             await asyncio.sleep(0.1)
         self.num_faults["disk full" if self._is_felt(since) else "disk full, and nobody felt it"] += 1
         await asyncio.sleep(self._plan.full_s / 2)

@@ -81,7 +81,7 @@ async def play(
     return account, gateway, conductor, [worker.log for worker in workers]
 
 
-async def export(store: Path, out: Path) -> Sequence[Any]:
+async def export(store: Path | str, out: Path) -> Sequence[Any]:
     """The rows of `tokentape export`."""
     command = ["-m", "tokentape", "export", "--store", str(store), "--out", str(out)]
     process = await asyncio.create_subprocess_exec(

@@ -135,6 +135,7 @@ async def main(options: argparse.Namespace) -> None:
         vocab_size=_VOCAB_SIZE,
         responder=sampler.respond,
         incremental=options.incremental,
+        host=options.host,
         port=options.port,
     ) as fake:
         fake.weight_version = options.version
@@ -144,6 +145,7 @@ async def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--seed", required=True)

@@ -36,7 +36,8 @@ def free_port() -> int:
 class Worker:
     """One engine worker: killed, stopped, restarted, and told what to do wrong."""
 
-    def __init__(self, name: str, directory: Path, *, incremental: bool) -> None:
+    def __init__(self, name: str, directory: Path, *, incremental: bool, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.log = directory / f"{name}.jsonl"
         self.port = free_port()
         self.version = "v0"
@@ -49,12 +50,13 @@ class Worker:
     @property
     def url(self) -> str:
         """Where it listens, in every life."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     async def start(self) -> None:
         """Begin a life; returns when it listens."""
         self.num_starts += 1
-        command = [str(HERE / "worker.py"), "--port", str(self.port), "--log", str(self.log)]
+        command = [str(HERE / "worker.py"), "--host", self.host, "--port", str(self.port)]
+        command += ["--log", str(self.log)]
         command += ["--seed", f"{self._name} {self.num_starts}", "--version", self.version]
         command += ["--incremental"] if self._incremental else []
         pipe = asyncio.subprocess.PIPE

@@ -1,8 +1,10 @@
-"""Live tests run only when asked for (`make live`); the real SGLang servers that they need."""
+"""Live tests run only when asked for (`make live`); the servers that tests need: SGLang, PostgreSQL."""
 
+import secrets
 from collections.abc import Callable, Iterator
 
 import pytest
+from postgres import Postgres, postgres
 
 from livekit import LiveServer, LiveServers
 
@@ -28,3 +30,23 @@ def sglang_servers() -> Iterator[LiveServers]:
 def sglang_server(sglang_servers: LiveServers) -> Callable[[str], LiveServer]:
     """The real SGLang for a model of `LIVE_MODELS`; one runs at a time."""
     return lambda name: sglang_servers.of(name, 1)[0]
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """One PostgreSQL for the whole run; whoever stops it starts it again."""
+    with postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def database(postgres_server: Postgres) -> Iterator[str]:
+    """The DSN of a new database."""
+    import psycopg  # other virtual environments that run some of the tests have none
+
+    name = f"t{secrets.token_hex(8)}"
+    with psycopg.connect(postgres_server.dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    yield postgres_server.dsn_of(name)
+    with psycopg.connect(postgres_server.dsn, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())

@@ -197,7 +197,7 @@ def joined(events: Sequence[Json]) -> Json:
 async def gateway_for(
     engine_url: str,
     model: Path,
-    store: Path,
+    store: Path | str,
     *,
     http: Mapping[str, Any] | None = None,
     engine: Mapping[str, Any] | None = None,

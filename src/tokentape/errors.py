@@ -26,8 +26,10 @@
     ├── Overloaded                       429     yes      too many turns are waiting, or too many bytes
     ├── TurnTimeout                      504     yes      the turn's own time was over before it was sampled
     ├── StoreError                       503     yes      the turn could not be made durable
-    │   └── StoreFull                    507     yes      there is no room left for it
+    │   ├── StoreFull                    507     yes      there is no room left for it
+    │   └── LeaseLost                    503     yes      another replica writes the session now
     ├── SessionSealed                    503     yes      what the store has of the session must be read again
+    ├── SessionElsewhere                 503     yes      another replica has the session
     └── InternalError                    500      no      a broken invariant: our bug, never the user's
 
 `status` is the HTTP status that every wire dialect answers; `retryable` says whether the same request may
@@ -229,11 +231,26 @@ class StoreFull(StoreError):
     status = 507
 
 
+class LeaseLost(StoreError):
+    """Another replica writes the session now: nothing was committed, this copy of it is out of date."""
+
+
 class SessionSealed(TokentapeError):
     """A commit failed half-way: this copy of the session takes no more turns, the store is asked again."""
 
     status = 503
     retryable = True
+
+
+class SessionElsewhere(TokentapeError):
+    """Another replica has the session: ask it at `url`; None where it has not said where it listens."""
+
+    status = 503
+    retryable = True
+
+    def __init__(self, message: str, *, url: str | None) -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class InternalError(TokentapeError):

@@ -32,6 +32,7 @@ from tokentape.gateway.sessions import Session, new_session_id
 from tokentape.gateway.turn import Capture
 from tokentape.render import History
 from tokentape.store import SessionRecord
+from tokentape.stores import is_shared
 from tokentape.tape import Turn
 from tokentape.types import Json, Prompt, Usage
 
@@ -350,9 +351,9 @@ async def open(  # noqa: A001  # tokentape.open
     """A recorder while the context is open; on the way out what is being sampled is aborted.
 
     `model` is a directory or hub id, for tokenizer and chat template; `engine` a SGLang server's URL, or an
-    engine of your own, which is not closed here. `store` is a file that keeps the sessions; without one they
-    are gone at the end. `formats` are rows of your own, tried before the others. The other options are those
-    of `tokentape serve`.
+    engine of your own, which is not closed here. `store` is a file or a `postgresql://` DSN that keeps the
+    sessions; without one they are gone at the end. `formats` are rows of your own, tried before the others.
+    The other options are those of `tokentape serve`.
 
     Raises:
         ConfigError: the model, the store or an option cannot be used.
@@ -360,7 +361,7 @@ async def open(  # noqa: A001  # tokentape.open
     config = PartsConfig(
         model=str(model),
         engine=SGLangConfig(engine) if isinstance(engine, str) else engine,
-        store=None if store is None else Path(store),
+        store=store if store is None or is_shared(store) else Path(store),
         tool_format=tool_format,
         reasoning_format=reasoning_format,
         formats=tuple(formats),

@@ -1,5 +1,7 @@
 """Where turns become durable. The store knows rows and transactions, nothing of trees or tokens.
 
+One file on one machine is a `SQLiteStore`; what replicas on several share is a `postgres.PostgresStore`.
+
 `SQLiteStore` has one writer thread. Whatever is waiting when it is free goes into one transaction, so that a
 hundred sessions share one fsync; a `put` returns only after its own transaction is on disk.
 
@@ -130,7 +132,19 @@ class Store(Protocol):
         ...
 
     async def load(self, session_id: str) -> StoredSession | None:
-        """A session with its turns; None where there is none."""
+        """A session with its turns; None where there is none. From now on it is written here.
+
+        Raises:
+            SessionElsewhere: another replica has it.
+        """
+        ...
+
+    async def holds(self, session_id: str) -> bool:
+        """Whether a session loaded or created here still is written here and by nobody else."""
+        ...
+
+    async def release(self, session_id: str) -> None:
+        """Write the session no more, until it is loaded again."""
         ...
 
     async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
@@ -139,6 +153,41 @@ class Store(Protocol):
 
     async def aclose(self) -> None:
         """Finish what is waiting and close."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A gateway on a store that several share; `url` is where the others reach it."""
+
+    replica_id: str
+    url: str
+
+
+class SharedStore(Store, Protocol):
+    """A store of several gateways, each of which holds the sessions that it writes.
+
+    `lease_s` seconds after a replica was last heard of, the others may take its sessions.
+    """
+
+    replica_id: str
+    lease_s: float
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether this replica's lease holds, as far as it knows: nobody else can have its sessions."""
+        ...
+
+    async def advertise(self, url: str | None) -> None:
+        """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
+        ...
+
+    async def replicas(self) -> Sequence[Replica]:
+        """The replicas that are there and are not leaving."""
+        ...
+
+    async def dismiss(self, replica_id: str) -> None:
+        """Take a replica's lease away, because it is known to be dead: its sessions are anybody's at once."""
         ...
 
 
@@ -202,7 +251,7 @@ class SQLiteStore:
 
     async def put_session(self, record: SessionRecord) -> None:
         """Create the session, or replace its record."""
-        row = _row(SESSIONS, record)
+        row = row_of(SESSIONS, record)
         await self._insert(_PUT_SESSION, [row])
 
     async def put_turns(self, session_id: str, turns: Sequence[Turn]) -> None:
@@ -215,7 +264,7 @@ class SQLiteStore:
 
     async def put_failure(self, session_id: str, failure: Failure) -> None:
         """Append a failure."""
-        row = {"session_id": session_id, **_row(FAILURES[1:], failure)}
+        row = {"session_id": session_id, **row_of(FAILURES[1:], failure)}
         await self._insert(_PUT_FAILURE, [row])
 
     async def put_version(self, version: str, said_by: str) -> None:
@@ -259,10 +308,18 @@ class SQLiteStore:
             return None
         # Decoding takes longer than reading: not in the thread that others' commits wait for.
         return StoredSession(
-            _record(found),
+            record_of(found),
             await asyncio.to_thread(rows_to_turns, turns),
             tuple(Failure(**{c.name: row[c.name] for c in FAILURES[1:]}) for row in failures),
         )
+
+    async def holds(self, session_id: str) -> bool:
+        """Whether it is written here and by nobody else: the file's lock says so for all of them."""
+        del session_id
+        return True
+
+    async def release(self, session_id: str) -> None:
+        """Nothing: nobody else could have it."""
 
     async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
         """Sessions in the order of their ids, from the first behind `after`."""
@@ -272,7 +329,7 @@ class SQLiteStore:
             given = {"after": after, "state": state, "limit": limit}
             return connection.execute(statement, given).fetchall()
 
-        return [_record(row) for row in await self._do(run, writes=False)]
+        return [record_of(row) for row in await self._do(run, writes=False)]
 
     async def aclose(self) -> None:
         """Finish what is waiting and close."""
@@ -411,12 +468,14 @@ def _answer(work: _Work, *, result: object = None, error: StoreError | None = No
         work.loop.call_soon_threadsafe(answer)
 
 
-def _row(columns: Sequence[Column], record: object) -> dict[str, Any]:
+def row_of(columns: Sequence[Column], record: object) -> dict[str, Any]:
+    """A record's fields as values of these columns."""
     values = {c.name: getattr(record, c.name) for c in columns}
     return values | {c.name: to_json(values[c.name]) for c in columns if c.kind == "json"}
 
 
-def _record(row: sqlite3.Row) -> SessionRecord:
+def record_of(row: Mapping[str, Any] | sqlite3.Row) -> SessionRecord:
+    """The session that a row of `SESSIONS` holds."""
     values = {c.name: row[c.name] for c in SESSIONS}
     for name in ("metadata", "turn_rewards", "branch_rewards"):
         values[name] = from_json(row[name], Json)

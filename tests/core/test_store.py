@@ -21,21 +21,22 @@ from tokentape.errors import ConfigError, EngineFailed, SessionExists, StoreErro
 from tokentape.gateway.sessions import Sessions, restore
 from tokentape.invariants import check_samples
 from tokentape.metrics import Metrics
+from tokentape.postgres import PostgresStore
 from tokentape.schema import SCHEMA_VERSION
 from tokentape.store import Failure, SessionRecord, SQLiteStore, Store, StoredSession
 from tokentape.types import Message, Sampling, TokenRun
 from tokentape.volatile import NOTHING
 
 Open = Callable[[], Store]
-OPEN: dict[str, Callable[[Path], Store]] = {
-    "sqlite": lambda directory: SQLiteStore(directory / "store.sqlite")
-}
-"""A second implementation is one more row: how it is opened, again and again, on the same data."""
 
 
-@pytest.fixture(params=OPEN)
+@pytest.fixture(params=["sqlite", "postgres"])
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
-    return lambda: OPEN[request.param](tmp_path)
+    """How an implementation is opened, again and again, on the same data."""
+    if request.param == "sqlite":
+        return lambda: SQLiteStore(tmp_path / "store.sqlite")
+    dsn = request.getfixturevalue("database")
+    return lambda: PostgresStore(dsn)
 
 
 @pytest.fixture

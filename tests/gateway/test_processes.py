@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Process, serving
 
 from gatewaykit import END, USER, Gateway, sampled, split
-from tokentape.gateway.pinned import Place, summed
+from tokentape.gateway.passing import summed
+from tokentape.gateway.pinned import Place
 from tokentape.invariants import check_samples
 from tokentape.testing import FakeSGLang, Reply
 
@@ -251,6 +252,19 @@ def test_metrics_add_up() -> None:
         for sample in family.samples
     }
     assert read == {("a_total", 'x"y'): 1.0, ("a_total", "z"): 5.0, ("g",): 4.0}
+
+
+def test_points_in_time_are_not_added() -> None:
+    def text(start: float, created: float) -> str:
+        return (
+            "# HELP process_start_time_seconds x\n# TYPE process_start_time_seconds gauge\n"
+            f"process_start_time_seconds {start}\n"
+            f"# HELP a_total b\n# TYPE a_total counter\na_total 1.0\na_created {created}\n"
+        )
+
+    added = summed([text(30.0, 31.0), text(20.0, 22.0), text(40.0, 44.0)]).decode()
+    read = {s.name: s.value for family in text_string_to_metric_families(added) for s in family.samples}
+    assert read == {"process_start_time_seconds": 20.0, "a_total": 3.0, "a_created": 22.0}
 
 
 def test_owners_are_spread_and_stay() -> None:

@@ -33,6 +33,18 @@ from tokentape.testing import FakeEngine, FakeSGLang, Fault, Reply
 TOOLS: Any = [WEATHER, CLOCK]
 
 
+async def test_the_store_may_be_shared(fake: FakeSGLang, model_dir: Path, database: str) -> None:
+    """A DSN is no path: what one process recorded, another goes on with when the first has ended."""
+    fake.responder = lambda asked: sampled("hello", seed=len(asked.input_ids))
+    messages: list[Any] = [USER]
+    for turn in range(2):
+        async with tokentape.open(model=model_dir, engine=fake.url, store=database) as tape:
+            session = tape.session("s")
+            messages += [(await session.chat(messages)).message, USER]
+            [sample] = await session.samples()
+            assert len(sample["turns"]) == turn + 1
+
+
 async def test_a_tool_loop_is_exact(fake: FakeSGLang, tape: tokentape.Recorder) -> None:
     thought = "<think>\nthe user\n</think>\n\n"
     fake.script(

@@ -8,9 +8,10 @@ import click
 import msgspec
 import uvloop
 
+from tokentape.cli.options import STORE_THERE
 from tokentape.errors import ConfigError
 from tokentape.export import TRAINERS, FileSamples, Trainer, stored_samples, write_parquet, write_rows
-from tokentape.store import SQLiteStore
+from tokentape.stores import open_store
 from tokentape.types import Json
 
 
@@ -18,8 +19,8 @@ from tokentape.types import Json
 @click.option(
     "--store",
     required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A gateway's store.",
+    type=STORE_THERE,
+    help="A gateway's store: its SQLite file, or postgresql://…",
 )
 @click.option(
     "--out",
@@ -50,7 +51,7 @@ from tokentape.types import Json
 )
 @click.option("--at-version", metavar="VERSION", help="Count --max-staleness from this version instead.")
 def export(
-    store: Path,
+    store: Path | str,
     out: Path,
     trainer_name: str | None,
     experts_per_token: int | None,
@@ -72,7 +73,7 @@ def export(
     stale: list[str] = []
 
     async def run() -> int:
-        source = SQLiteStore(store, readonly=True)
+        source = open_store(store, readonly=True)
         try:
             batches = stored_samples(
                 source,

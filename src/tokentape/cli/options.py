@@ -15,9 +15,23 @@ import msgspec
 
 from tokentape.errors import ConfigError
 from tokentape.formats import FORMATS
+from tokentape.stores import is_shared
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+class StoreName(click.Path):
+    """A DSN of PostgreSQL as it is, or the path of a file."""
+
+    name = "store"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A DSN stays text."""
+        return value if is_shared(value) else super().convert(value, param, ctx)
+
+
+STORE = StoreName(dir_okay=False, path_type=Path)
+STORE_THERE = StoreName(exists=True, dir_okay=False, path_type=Path)
 PORT = click.IntRange(0, 65535)
 SECONDS = click.FloatRange(min=0, min_open=True)
 _LEVELS = ("debug", "info", "warning", "error")

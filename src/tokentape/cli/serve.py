@@ -1,10 +1,11 @@
 """`tokentape serve` and `tokentape engine`."""
 
 import asyncio
+import contextlib
 import gc
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import uvloop
 from tokentape.cli.options import (
     PORT,
     SECONDS,
+    STORE,
     format_options,
     log_level_option,
     log_to_stderr,
@@ -31,15 +33,12 @@ from tokentape.gateway.memory import MemoryLimits
 from tokentape.gateway.parts import GatewayConfig
 from tokentape.gateway.pinned import Place
 from tokentape.gateway.processes import many, one_of_many
-from tokentape.gateway.service import ServiceConfig, running
+from tokentape.gateway.service import ServiceConfig, running, tune
 from tokentape.gateway.turn import Capture
 from tokentape.model import TINY_MODEL
+from tokentape.scale.config import ScaleConfig
+from tokentape.stores import LEASE_S, is_shared
 from tokentape.volatile import RULES as VOLATILE
-
-_SWITCH_S = 0.0005
-"""Seconds that the loop and the store's thread wait for each other at most; Python's own 5 ms can be felt."""
-_COLLECT = 10_000, 20, 10
-"""When garbage is looked for: a turn makes hundreds of objects that stay; Python's 700 cost a fifth of it."""
 
 
 @click.command()
@@ -73,6 +72,27 @@ _COLLECT = 10_000, 20, 10
     show_default=True,
     help="Processes that share the port and the store; each session stays with one of them.",
 )
+@click.option("--ray", "on_ray", is_flag=True, help="Run as replicas on Ray, on a postgresql:// store.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="With --ray: replicas there always are.",
+)
+@click.option(
+    "--max-replicas",
+    type=click.IntRange(min=1),
+    help="With --ray: replicas there may be when much is asked; default: as many as --replicas.",
+)
+@click.option(
+    "--turns-per-replica",
+    type=click.FloatRange(min=0, min_open=True),
+    default=64.0,
+    show_default=True,
+    help="With --max-replicas: requests at a time for which there is to be one replica.",
+)
+@click.option("--ray-address", metavar="ADDRESS", help="Ray's address; default: auto, or one started here.")
 @click.option(
     "--process",
     type=(int, int, int, click.Path(path_type=Path)),
@@ -85,10 +105,22 @@ _COLLECT = 10_000, 20, 10
 )
 @click.option(
     "--store",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("tokentape.sqlite"),
+    type=STORE,
+    default="tokentape.sqlite",
     show_default=True,
-    help="SQLite file of the sessions; an existing one is continued.",
+    help="The sessions: an SQLite file, or postgresql://… that several gateways share; continued if there.",
+)
+@click.option(
+    "--advertise",
+    metavar="URL",
+    help="Where the other gateways on a postgresql:// store reach this one; default: where it listens.",
+)
+@click.option(
+    "--lease",
+    type=SECONDS,
+    default=LEASE_S,
+    show_default=True,
+    help="Seconds after which the others may take the sessions of a gateway that is not heard of.",
 )
 @format_options
 @click.option(
@@ -216,10 +248,17 @@ def serve(
     engine_retries: int,
     health_interval: float,
     workers: int,
+    on_ray: bool,
+    replicas: int,
+    max_replicas: int | None,
+    turns_per_replica: float,
+    ray_address: str | None,
     process: tuple[int, int, int, Path] | None,
     host: str,
     port: int,
-    store: Path,
+    store: Path | str,
+    advertise: str | None,
+    lease: float,
     tool_format: str,
     reasoning_format: str,
     formats: Path | None,
@@ -256,10 +295,13 @@ def serve(
     reward; read its tapes from /sessions/ID/samples, or all of them with `tokentape export`.
     """
     log_to_stderr(log_level, log_format)
-    sys.setswitchinterval(_SWITCH_S)
-    gc.set_threshold(*_COLLECT)
+    tune()
     if api_key is not None and not api_key.strip():
         raise ConfigError("--api-key is empty: leave it out, or give a key (is its variable set?)")
+    if on_ray and workers > 1:
+        raise ConfigError("--ray has replicas in place of --workers: give one of the two")
+    if is_shared(store) and workers > 1:
+        raise ConfigError("--workers shares a file: on a postgresql:// store start as many gateways instead")
     if "none" in volatile and len(volatile) > 1:
         raise ConfigError("--volatile none goes with no other --volatile")
     config = ServiceConfig(
@@ -278,6 +320,8 @@ def serve(
         shared_store=process is not None,
         host=host,
         port=port,
+        advertise=advertise,
+        lease_s=lease,
         tool_format=tool_format,
         reasoning_format=reasoning_format,
         formats=() if formats is None else read_formats(formats),
@@ -303,10 +347,28 @@ def serve(
     if process is not None:
         index, count, channel, directory = process
         uvloop.run(_one_of_many(config, Place(index, count, directory), socket.socket(fileno=channel)))
+    elif on_ray:
+        scale = ScaleConfig(
+            replicas=replicas,
+            max_replicas=max_replicas,
+            turns_per_replica=turns_per_replica,
+            address=ray_address,
+        )
+        uvloop.run(until_stopped(_on_ray(config, scale)))
     elif workers > 1:
         uvloop.run(until_stopped(many(config, workers, _command)))
     else:
         uvloop.run(until_stopped(running(config)))
+
+
+@contextlib.asynccontextmanager
+async def _on_ray(config: ServiceConfig, scale: ScaleConfig) -> AsyncGenerator[str]:
+    try:
+        from tokentape.scale.ray import clustered
+    except ImportError as error:
+        raise ConfigError(f"--ray needs its extra: pip install 'tokentape[ray]' ({error})") from error
+    async with clustered(config, scale) as (url, _):
+        yield url
 
 
 def _command(place: Place, channel: int) -> list[str]:

@@ -81,6 +81,11 @@ class Admission:
         self._num_bytes = 0
         metrics.waiting_turns.set_function(lambda: self._num_waiting)
 
+    @property
+    def load(self) -> int:
+        """Requests that are being answered, and those that wait."""
+        return self._num_running + self._num_waiting
+
     async def enter(self, session_id: str, deadline: Deadline) -> None:
         """Take a place, at once or when it is one's turn; `leave` gives it back.
 

@@ -7,9 +7,18 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tokentape.errors import ClientGone, EngineError, InternalError, NotFound, Overloaded, TokentapeError
+from tokentape.errors import (
+    ClientGone,
+    EngineError,
+    InternalError,
+    NotFound,
+    Overloaded,
+    SessionElsewhere,
+    TokentapeError,
+)
 from tokentape.gateway import chat, messages, responses
 from tokentape.gateway.parts import Gateway
+from tokentape.gateway.passing import ELSEWHERE
 from tokentape.gateway.sessions import Session
 from tokentape.gateway.wire import Wire
 from tokentape.metrics import Metrics
@@ -128,6 +137,8 @@ class Refusal:
         headers = {"x-should-retry": "true" if error.retryable else "false"}
         if isinstance(error, Overloaded):
             headers["Retry-After"] = str(error.retry_after_s)
+        if isinstance(error, SessionElsewhere):
+            headers[ELSEWHERE] = error.url or ""
         return cls(status or error.status, headers, msgspec.json.encode(wire.error_body(error)))
 
 

@@ -26,7 +26,8 @@ from tokentape.gateway.wire import WireConfig
 from tokentape.metrics import Metrics
 from tokentape.model import model_directory, model_sizes
 from tokentape.render import History, Renderer
-from tokentape.store import SQLiteStore, Store
+from tokentape.store import Store
+from tokentape.stores import LEASE_S, open_store
 from tokentape.template import RESERVED
 from tokentape.types import Json
 from tokentape.volatile import Volatile
@@ -54,17 +55,19 @@ class PartsConfig:
 
     `model` is a directory or hub id: tokenizer, chat template and sizes; `engine` has its weights, or reaches
     the server that has them, and `pool` knows more of these; one that is given made is not closed here.
-    `store` is None to keep the sessions in memory only; `shared_store`: other processes of this gateway have
-    it, too. `tool_format` and `reasoning_format` are "auto" or the name of a row: of `formats`, which come
-    first, or of `formats.FORMATS`. `template_arguments` are the chat template's, where a request does not say
-    otherwise. `volatile` are names of `volatile.RULES`, or regular expressions. `capture` is what the engine
-    is asked for beside the tokens. `memory` bounds what is kept, `admission` what goes on at a time.
+    `store` is a file, a PostgreSQL DSN, or None to keep the sessions in memory only; `shared_store`: other
+    processes of this gateway have the file, too. `tool_format` and `reasoning_format` are "auto" or the name
+    of a row: of `formats`, which come first, or of `formats.FORMATS`. `template_arguments` are the chat
+    template's, where a request does not say otherwise. `volatile` are names of `volatile.RULES`, or regular
+    expressions. `capture` is what the engine is asked for beside the tokens. `memory` bounds what is kept,
+    `admission` what goes on at a time.
     """
 
     model: str
     engine: SGLangConfig | Engine
-    store: Path | None
+    store: Path | str | None
     shared_store: bool = False
+    lease_s: float = LEASE_S
     pool: PoolConfig = field(default_factory=PoolConfig)
     tool_format: str = "auto"
     reasoning_format: str = "auto"
@@ -121,7 +124,7 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
     _check_arguments(config.template_arguments, renderer.template.variables)
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
-        store = _store(config.store, renderer.tokenizer.fingerprint, metrics, shared=config.shared_store)
+        store = _store(config, renderer.tokenizer.fingerprint, metrics)
         stack.push_async_callback(store.aclose)
         engine, pool = config.engine, None
         if isinstance(engine, SGLangConfig):
@@ -212,16 +215,20 @@ def info_json(info: EngineInfo) -> Json:
     }
 
 
-def _store(path: Path | None, fingerprint: str, metrics: Metrics, *, shared: bool) -> SQLiteStore:
+def _store(config: PartsConfig, fingerprint: str, metrics: Metrics) -> Store:
     def note(seconds: float, num_changes: int, ok: bool) -> None:
         metrics.store_seconds.observe(seconds)
         metrics.store_changes.observe(num_changes)
         if not ok:
             metrics.store_errors.inc()
 
-    where = ":memory:" if path is None else path
-    exclusive = path is not None and not shared
-    return SQLiteStore(where, exclusive=exclusive, tokenizer=fingerprint, on_transaction=note)
+    return open_store(
+        config.store,
+        exclusive=config.store is not None and not config.shared_store,
+        tokenizer=fingerprint,
+        lease_s=config.lease_s,
+        on_transaction=note,
+    )
 
 
 @contextlib.asynccontextmanager

@@ -17,6 +17,7 @@ from msgspec import Raw
 from tokentape.conversation import Known, frame_key
 from tokentape.errors import (
     ClientGone,
+    LeaseLost,
     LimitReached,
     NotFound,
     RequestError,
@@ -278,6 +279,8 @@ class Sessions:
             NotFound: there is none.
         """
         session = self._memory.get(session_id)
+        if session is not None and not await self._store.holds(session_id):
+            session.seal()  # another replica has it, and may have gone on
         if session is None or session.record.state == "sealed":
             async with self._locked(session_id):
                 session = await self._find(session_id)
@@ -374,6 +377,26 @@ class Sessions:
     async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
         """Records of sessions, by id."""
         return await self._store.list_sessions(state=state, after=after, limit=limit)
+
+    async def release(self, session_id: str) -> None:
+        """Give back a session that nobody is using: another replica may have it from now on."""
+        async with self._locked(session_id):
+            session = self._memory.get(session_id)
+            if session is None or session.idle:
+                if session is not None:
+                    session.seal()  # who has got it a moment ago asks again
+                    self._left(session)
+                    self._memory.forget(session)
+                await self._store.release(session_id)
+
+    def is_here(self, session_id: str) -> bool:
+        """Whether the session is open and in memory."""
+        session = self._memory.get(session_id)
+        return session is not None and session.record.state == "open"
+
+    def open_ids(self) -> list[str]:
+        """The open sessions in memory."""
+        return [one.session_id for one in self._memory.all() if one.record.state == "open"]
 
     async def end_all(self, reason: TokentapeError) -> None:
         """End every open session here; in the store they stay open, and may be continued another time."""
@@ -483,10 +506,10 @@ def restore(
 
 @contextlib.contextmanager
 def _sealing(session: Session) -> Generator[None]:
-    """Seal the session where nobody knows whether the store has changed."""
+    """Seal the session where nobody knows whether the store has changed, or where others change it."""
     try:
         yield
     except StoreError as error:
-        if error.uncertain:
+        if error.uncertain or isinstance(error, LeaseLost):
             session.seal()
         raise

@@ -45,7 +45,7 @@ class FakeSGLang:
     partial ids, and every other whose rid begins with the same text (observed on the real one). Stop strings
     are not looked for.
 
-    `port` is the one to listen on, where it must be known before.
+    `host` and `port` are where to listen, where that must be known before.
 
     With a `tokenizer` it also fills in `text`. `incremental` makes streams send deltas, as the server flag
     `--incremental-streaming-output` does. Set `weight_version` between requests to pretend a weight update.
@@ -63,6 +63,7 @@ class FakeSGLang:
         context_length: int = 8192,
         incremental: bool = False,
         responder: Callable[[ReceivedRequest], Reply | Fault] | None = None,
+        host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
@@ -80,6 +81,7 @@ class FakeSGLang:
         self._script: deque[Reply | Fault] = deque()
         self._running: dict[str, ReceivedRequest] = {}
         self._seen: deque[array[int]] = deque(maxlen=_MAX_REMEMBERED)
+        self._host = host
         self._port = port
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
@@ -88,7 +90,7 @@ class FakeSGLang:
     @property
     def url(self) -> str:
         """Where it listens; the same after `kill` and `start`."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self._host}:{self._port}"
 
     def script(self, *items: Reply | Fault) -> None:
         """Answer the next requests with these, in order."""
@@ -114,7 +116,7 @@ class FakeSGLang:
             app, handler_cancellation=True, access_log=None, keepalive_timeout=5.0, shutdown_timeout=0.1
         )
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        self._site = web.TCPSite(self._runner, self._host, self._port)
         await self._site.start()
         self._port = cast("int", self._runner.addresses[0][1])
         self.alive = True

@@ -1,0 +1,491 @@
+"""The store that replicas on several machines share: PostgreSQL, and leases that keep one writer a session.
+
+A replica has a row that expires unless it is renewed, and a session names its holder and counts them: its
+`fence`. Whoever asks for a session takes it where it has no holder or one that has expired, which raises the
+fence. A commit names the fence that the session was taken with, in the same statement: who has lost a session
+cannot write to it, whatever it believes. Expiry only decides when others may take it; exactness hangs on the
+fence.
+
+One thread has the connections and renews the lease, so that nothing a gateway computes delays it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError, StoreFull
+from tokentape.postgres_sql import (
+    ARE_THERE,
+    CREATE,
+    DELETE,
+    DISMISS,
+    FAILED,
+    HELD_BY,
+    HOLDER,
+    LIST,
+    LIST_STATE,
+    LOAD,
+    PUT_VERSION,
+    RELEASE,
+    RENEW,
+    REPLACE,
+    REPLICAS,
+    TAKE,
+    VERSIONS,
+    Connection,
+    migrate,
+    put_turns,
+)
+from tokentape.schema import FAILURES, SESSIONS, rows_to_turns, turn_to_row
+from tokentape.store import Failure, Replica, SessionRecord, StoredSession, record_of, row_of
+from tokentape.tape import Turn
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_PATIENCE_S = 30.0  # how long a change waits for a PostgreSQL that is being restarted
+_RETRY_S = 0.2
+_NONE = -1  # no session has this fence
+_MAX_CONNECTIONS = 16
+_CONNECTING: Mapping[str, Any] = {
+    # A partition must become an error: packets that nobody answers, then probes where nothing is sent.
+    "connect_timeout": 5,
+    "tcp_user_timeout": 8000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 2,
+    "application_name": "tokentape",
+}
+
+
+class PostgresStore:
+    """A store in a PostgreSQL database, shared with whoever opens the same one.
+
+    It makes its tables, and brings older ones up to date. A change that meets a PostgreSQL which is being
+    restarted is tried again for half a minute; a turn is never stored twice.
+
+    Args:
+        dsn: `postgresql://user:password@host:port/database`, or whatever libpq takes.
+        readonly: only look: take no session, make no table.
+        tokenizer: fingerprint of the tokenizer whose ids the database holds; a new one takes it.
+        lease_s: seconds after which others may take the sessions of a replica that is not heard of.
+        on_transaction: is told of each change in the store's thread: seconds, number of changes, is it well.
+
+    Raises:
+        ConfigError: the database cannot be reached or written, has a newer schema, or holds the ids of
+            another tokenizer.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        readonly: bool = False,
+        tokenizer: str | None = None,
+        lease_s: float = 10.0,
+        on_transaction: Callable[[float, int, bool], None] = lambda seconds, changes, ok: None,
+    ) -> None:
+        self.replica_id = f"r-{secrets.token_hex(6)}"
+        self.lease_s = lease_s
+        self._url: str | None = None
+        self._name = without_password(dsn)
+        self._readonly = readonly
+        self._on_transaction = on_transaction
+        self._fences: dict[str, int] = {}
+        self._confirmed: dict[str, int] = {}  # session → the lapse before which it was last known to be held
+        self._num_lapses = 0
+        self._valid_until = 0.0  # on this machine's clock: taken before the database was asked
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._closed = False
+        self._working: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="tokentape-store", daemon=True)
+        self._thread.start()
+        try:
+            self._pool = self._submit(self._open(dsn, tokenizer)).result()
+        except (psycopg.Error, PoolTimeout, OSError, ConfigError) as error:
+            self._stop_thread()
+            raise ConfigError(f"--store {self._name}: {' '.join(str(error).split())}") from None
+
+    # -- the store
+
+    async def put_session(self, record: SessionRecord) -> None:
+        """Create the session, or replace its record."""
+        row = row_of(SESSIONS, record)
+
+        async def run(connection: Connection, again: bool) -> None:
+            del again  # done twice is done once
+            fence = self._fences.get(record.session_id)
+            statement = CREATE if fence is None else REPLACE
+            given = {**row, "me": self.replica_id, "fence": fence}
+            found = await _row(connection, statement, given)
+            if found is None and fence is None:
+                raise SessionExists(f"session {record.session_id!r} exists already", param="session_id")
+            self._check_held(record.session_id, held=found is not None)
+            if record.state == "finished":  # it takes no more turns: nothing is to be kept
+                self._fences.pop(record.session_id, None)
+                self._confirmed.pop(record.session_id, None)
+            elif found is not None:
+                self._fences[record.session_id] = found["fence"]
+                self._confirmed.setdefault(record.session_id, self._num_lapses)
+
+        await self._change(record.session_id, run)
+
+    async def put_turns(self, session_id: str, turns: Sequence[Turn]) -> None:
+        """Append turns: all of them, or none; in one statement.
+
+        Raises:
+            LeaseLost: another replica has taken the session.
+        """
+        try:
+            rows = [turn_to_row(session_id, turn) for turn in turns]
+        except (TypeError, ValueError) as error:  # what JSON cannot hold: half a surrogate pair
+            raise StoreError(f"turn {turns[0].turn_id} cannot be stored: {error}") from error
+        given = {f"{name}{index}": value for index, row in enumerate(rows) for name, value in row.items()}
+        given["session_id"] = session_id
+
+        given["turn_ids"] = [turn.turn_id for turn in turns]
+
+        async def run(connection: Connection, again: bool) -> None:
+            if again and await _are_there(connection, given):
+                return  # the first time went well, only its answer was lost
+            given["fence"] = self._fences.get(session_id, _NONE)
+            [found] = await _rows(connection, put_turns(len(turns), again=again), given)
+            self._check_held(session_id, held=found["held"] == 1)
+            if again and not await _are_there(connection, given):
+                raise StoreError(f"turn {turns[0].turn_id} has the id of another")
+
+        await self._change(session_id, run, num_changes=len(turns))
+
+    async def put_failure(self, session_id: str, failure: Failure) -> None:
+        """Append a failure."""
+        row = row_of(FAILURES[1:], failure)
+        row |= {"session_id": session_id, "message": failure.message.encode(errors="backslashreplace")}
+
+        async def run(connection: Connection, again: bool) -> None:
+            del again  # counted twice where an answer was lost: it is no data that is trained
+            await connection.execute(FAILED, row)
+
+        await self._change(session_id, run)
+
+    async def put_version(self, version: str, said_by: str) -> None:
+        """Remember that these weights have come, behind all others; nothing changes where they had."""
+        given = {"version": version, "now": time.time(), "said_by": said_by}
+
+        async def run(connection: Connection, again: bool) -> None:
+            del again
+            await connection.execute(PUT_VERSION, given)
+
+        await self._change("", run)
+
+    async def versions(self) -> Sequence[tuple[str, str]]:
+        """All weights that have come, oldest first, each with who said so: "engine" or "caller"."""
+        rows = await self._read(VERSIONS)
+        return [(row["version"], row["said_by"]) for row in rows]
+
+    async def delete(self, session_id: str) -> None:
+        """Remove a session and all that belongs to it."""
+
+        async def run(connection: Connection, again: bool) -> None:
+            del again
+            await connection.execute(DELETE, {"session_id": session_id, "me": self.replica_id})
+            self._fences.pop(session_id, None)
+            self._confirmed.pop(session_id, None)
+
+        await self._change(session_id, run)
+
+    async def load(self, session_id: str) -> StoredSession | None:
+        """A session with its turns; None where there is none. From now on it is written here.
+
+        Raises:
+            SessionElsewhere: another replica has it.
+        """
+
+        async def run(
+            connection: Connection, again: bool
+        ) -> tuple[DictRow, list[DictRow], list[DictRow]] | None:
+            del again
+            given = {"session_id": session_id, "me": self.replica_id}
+            found = await self._take(connection, given)
+            if found is None:
+                return None
+            return (
+                found,
+                await _rows(connection, LOAD["turns"], given),
+                await _rows(connection, LOAD["failures"], given),
+            )
+
+        found = await self._do(self._trying(run, writes=False))
+        if found is None:
+            return None
+        record, turns, failures = found
+        return StoredSession(
+            record_of(record),
+            await asyncio.to_thread(rows_to_turns, turns),
+            tuple(
+                Failure(row["kind"], row["message"].decode(), row["num_tokens"], row["created_at"])
+                for row in failures
+            ),
+        )
+
+    async def holds(self, session_id: str) -> bool:
+        """Whether a session loaded or created here still is written here and by nobody else.
+
+        The database is asked only where the lease may have run out since it was last known.
+        """
+        if self.is_leased and self._confirmed.get(session_id) == self._num_lapses:
+            return True
+        fence, lapses = self._fences.get(session_id), self._num_lapses
+        rows = await self._read(HELD_BY, {"session_id": session_id})
+        held = bool(rows) and (rows[0]["fence"] == fence or rows[0]["state"] == "finished")
+        if held and fence is not None:
+            self._confirmed[session_id] = lapses
+        return held
+
+    async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
+        """Sessions in the order of their ids, from the first behind `after`."""
+        given = {"after": after, "state": state, "limit": limit}
+        rows = await self._read(LIST if state is None else LIST_STATE, given)
+        return [record_of(row) for row in rows]
+
+    async def aclose(self) -> None:
+        """Finish what is waiting, give all sessions back, and close."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.wrap_future(self._submit(self._close()))
+            await asyncio.to_thread(self._stop_thread)
+
+    # -- replicas
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether this replica's lease holds, as far as it knows: nobody else can have its sessions."""
+        return time.monotonic() < self._valid_until
+
+    async def advertise(self, url: str | None) -> None:
+        """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
+        self._url = url
+        await self._do(self._renew())
+
+    async def replicas(self) -> Sequence[Replica]:
+        """The replicas that are there and are not leaving."""
+        rows = await self._read(REPLICAS)
+        return [Replica(row["replica_id"], row["url"]) for row in rows]
+
+    async def dismiss(self, replica_id: str) -> None:
+        """Take a replica's lease away, because it is known to be dead: its sessions are anybody's at once."""
+
+        async def run(connection: Connection, again: bool) -> None:
+            del again
+            await connection.execute(DISMISS, {"replica_id": replica_id})
+
+        await self._change("", run)
+
+    async def release(self, session_id: str) -> None:
+        """Give a session back: whoever asks for it next has it."""
+
+        async def run(connection: Connection, again: bool) -> None:
+            del again
+            fence = self._fences.pop(session_id, None)
+            self._confirmed.pop(session_id, None)
+            if fence is not None:
+                await connection.execute(RELEASE, {"session_id": session_id, "fence": fence})
+
+        await self._change(session_id, run)
+
+    # -- in the store's thread
+
+    async def _open(self, dsn: str, tokenizer: str | None) -> AsyncConnectionPool[Connection]:
+        options = "default_transaction_read_only=on" if self._readonly else "synchronous_commit=on"
+        told = str(conninfo_to_dict(dsn).get("options", ""))
+        conninfo = make_conninfo(
+            dsn,
+            **{name: value for name, value in _CONNECTING.items() if name not in conninfo_to_dict(dsn)},
+            options=f"{told} -c idle_in_transaction_session_timeout=30s -c {options}".strip(),
+        )
+        async with await Connection.connect(conninfo, autocommit=True, row_factory=dict_row) as connection:
+            await migrate(connection, tokenizer, readonly=self._readonly)
+        pool = AsyncConnectionPool[Connection](
+            conninfo,
+            kwargs={"autocommit": True, "row_factory": dict_row},
+            min_size=1,
+            max_size=_MAX_CONNECTIONS,
+            timeout=5.0,
+            open=False,
+        )
+        await pool.open()
+        self._pool = pool
+        if not self._readonly:
+            await self._renew()
+            self._renewing = asyncio.ensure_future(self._renew_for_ever())
+        return pool
+
+    async def _close(self) -> None:
+        if not self._readonly:
+            self._renewing.cancel()
+        await asyncio.gather(
+            *(task for task in self._working if task is not asyncio.current_task()), return_exceptions=True
+        )
+        with contextlib.suppress(psycopg.Error, PoolTimeout):  # then the lease runs out by itself
+            if not self._readonly:
+                async with self._pool.connection() as connection:
+                    await connection.execute("DELETE FROM replicas WHERE replica_id = %s", (self.replica_id,))
+        await self._pool.close()
+
+    async def _renew(self) -> None:
+        began = time.monotonic()
+        async with self._pool.connection() as connection:
+            given = {"me": self.replica_id, "url": self._url, "lease_s": self.lease_s}
+            await connection.execute(RENEW, given)
+        if self._valid_until < began:  # others may have taken sessions meanwhile: each is asked for again
+            self._num_lapses += 1
+        self._valid_until = began + self.lease_s
+
+    async def _renew_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self.lease_s / 5)
+            try:
+                await self._renew()
+            except (psycopg.Error, PoolTimeout) as error:
+                log.warning("store: the lease cannot be renewed: %s", _one_line(error))
+
+    async def _take(self, connection: Connection, given: Mapping[str, Any]) -> DictRow | None:
+        if self._readonly:
+            return await _row(connection, LOAD["session"], given)
+        lapses = self._num_lapses
+        found = await _row(connection, TAKE, given)
+        if found is not None:
+            if found["state"] == "open":
+                self._fences[found["session_id"]] = found["fence"]
+                self._confirmed[found["session_id"]] = lapses
+            return found
+        holder = await _row(connection, HOLDER, given)
+        if holder is None:
+            self._fences.pop(given["session_id"], None)
+            return None
+        raise SessionElsewhere(
+            f"session {given['session_id']!r} is another replica's ({holder['holder']}); try again",
+            url=holder["url"],
+        )
+
+    def _check_held(self, session_id: str, *, held: bool) -> None:
+        if not held:
+            self._fences[session_id] = _NONE  # until it is loaded again: nothing may make it anew
+            self._confirmed.pop(session_id, None)
+            raise LeaseLost(
+                f"session {session_id!r} is no longer this replica's: nothing was stored; "
+                "the next request is answered by the one that has it"
+            )
+
+    async def _read(self, statement: str, given: Mapping[str, Any] | None = None) -> list[DictRow]:
+        async def run(connection: Connection, again: bool) -> list[DictRow]:
+            del again
+            return await _rows(connection, statement, given or {})
+
+        return await self._do(self._trying(run, writes=False))
+
+    async def _change(
+        self, session_id: str, run: Callable[[Connection, bool], Awaitable[None]], *, num_changes: int = 1
+    ) -> None:
+        """Changes of one session are made one behind the other, in the order in which they were asked for."""
+
+        async def change() -> None:
+            began = time.monotonic()
+            lock = self._turns.get(session_id)
+            if lock is None:
+                lock = self._turns[session_id] = asyncio.Lock()
+            try:
+                async with lock:
+                    await self._trying(run, writes=True)
+            except BaseException:
+                self._on_transaction(time.monotonic() - began, num_changes, False)
+                raise
+            self._on_transaction(time.monotonic() - began, num_changes, True)
+
+        await self._do(change())
+
+    async def _trying(self, run: Callable[[Connection, bool], Awaitable[T]], *, writes: bool) -> T:
+        """Run on a connection, and `again` on another one where it was lost: it may be done already."""
+        until, again = time.monotonic() + _PATIENCE_S, False
+        while True:
+            sent = False
+            try:
+                async with self._pool.connection() as connection:
+                    sent = True
+                    return await run(connection, again)
+            except (psycopg.OperationalError, PoolTimeout, psycopg.errors.ReadOnlySqlTransaction) as error:
+                again = again or (sent and writes)
+                if isinstance(error, psycopg.errors.DiskFull):
+                    raise StoreFull(f"the store failed: {_one_line(error)}") from error
+                if time.monotonic() > until or self._closed:
+                    raise StoreError(f"the store failed: {_one_line(error)}", uncertain=again) from error
+                await asyncio.sleep(_RETRY_S)
+            except psycopg.Error as error:
+                raise StoreError(f"the store failed: {_one_line(error)}", uncertain=again) from error
+
+    async def _do(self, work: Coroutine[Any, Any, T]) -> T:
+        """Have it done in the store's thread, to its end even where the caller no longer waits."""
+        if self._closed:
+            work.close()
+            raise StoreError("the store is closed")
+        done = self._submit(work)
+        done.add_done_callback(lambda one: one.cancelled() or one.exception())  # somebody has looked at it
+        return await asyncio.shield(asyncio.wrap_future(done))
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        async def run() -> T:
+            task = asyncio.current_task()
+            assert task is not None  # noqa: S101  # it is one
+            self._working.add(task)
+            try:
+                return await work
+            finally:
+                self._working.discard(task)
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def _stop_thread(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _rows(connection: Connection, statement: str, given: Mapping[str, Any]) -> list[DictRow]:
+    async with connection.cursor(binary=True) as cursor:
+        await cursor.execute(statement.encode(), given)
+        return await cursor.fetchall()
+
+
+async def _row(connection: Connection, statement: str, given: Mapping[str, Any]) -> DictRow | None:
+    return next(iter(await _rows(connection, statement, given)), None)
+
+
+async def _are_there(connection: Connection, given: Mapping[str, Any]) -> bool:
+    [found] = await _rows(connection, ARE_THERE, given)
+    return found["there"] == len(given["turn_ids"])
+
+
+def without_password(dsn: str) -> str:
+    """A DSN that may be shown."""
+    try:
+        given = conninfo_to_dict(dsn)
+    except psycopg.Error:
+        return "postgresql://…"
+    port = f":{given['port']}" if "port" in given else ""
+    return f"postgresql://{given.get('host', '')}{port}/{given.get('dbname', '')}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
