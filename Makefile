@@ -35,7 +35,7 @@ check: $(VENV)/ready
 	$(BIN)/pyright
 	$(BIN)/pytest tests/project
 
-live: $(VENV)/ready $(LIVE_DIR)/ready
+live: $(VENV)/ready $(LIVE_DIR)/ready $(LIVE_DIR)/router/ready
 	PYTHON=$(PYTHON) sh tests/agents/install.sh $(LIVE_DIR)/agents
 	TOKENTAPE_LIVE_DIR=$(LIVE_DIR) TOKENTAPE_ENGINES=$(ENGINES) $(BIN)/pytest -m live
 
@@ -90,6 +90,12 @@ $(LIVE_DIR)/ready: | $(ENGINES)/setup_sglang_cpu.sh
 	bash $(ENGINES)/setup_sglang_cpu.sh $(LIVE_DIR)/sglang
 	rm -rf $(LIVE_DIR)/smollm2
 	bash $(ENGINES)/make_smollm2.sh $(LIVE_DIR)/sglang $(LIVE_DIR)/smollm2
+	touch $@
+
+$(LIVE_DIR)/router/ready: tests/live/requirements-router.txt
+	$(PYTHON) -m venv $(LIVE_DIR)/router
+	$(LIVE_DIR)/router/bin/pip install -q --upgrade 'pip>=25.1'
+	$(LIVE_DIR)/router/bin/pip install -q -r tests/live/requirements-router.txt
 	touch $@
 
 $(LETTA_DIR)/ready: pyproject.toml

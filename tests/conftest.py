@@ -1,27 +1,12 @@
-"""Live tests run only when asked for (`make live`); the real SGLang server that they need."""
+"""Live tests run only when asked for (`make live`); the servers that tests need: SGLang, PostgreSQL."""
 
-import contextlib
-import os
 import secrets
-import signal
-import socket
-import subprocess
-import tempfile
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from postgres import Postgres, postgres
 
-from tokentape.model import TINY_MODEL
-
-LIVE_DIR = Path(os.environ.get("TOKENTAPE_LIVE_DIR", Path.home() / ".cache/tokentape/live"))
-ENGINES = Path(os.environ.get("TOKENTAPE_ENGINES", Path(__file__).parent.parent.parent / "shared/engines"))
-LIVE_MODELS = {"smollm2": LIVE_DIR / "smollm2", "tiny": TINY_MODEL}
-_START_S = 300.0
+from livekit import LiveServer, LiveServers
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,66 +18,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@dataclass(frozen=True)
-class LiveServer:
-    """A real SGLang server, and the model that it serves."""
-
-    url: str
-    model_dir: Path
+@pytest.fixture(scope="session")
+def sglang_servers() -> Iterator[LiveServers]:
+    """Real SGLang servers; those of the test before are used again where they fit, else stopped."""
+    servers = LiveServers()
+    yield servers
+    servers.stop()
 
 
 @pytest.fixture(scope="session")
-def sglang_server() -> Iterator[Callable[[str], LiveServer]]:
-    """Start the real SGLang for a model of `LIVE_MODELS`: 30 to 70 s, about 3 GB; one runs at a time."""
-    with contextlib.ExitStack() as stack:
-        running: dict[str, LiveServer] = {}
-
-        def start(name: str) -> LiveServer:
-            if name not in running:
-                running.clear()
-                stack.close()
-                running[name] = stack.enter_context(_served(LIVE_MODELS[name]))
-            return running[name]
-
-        yield start
-
-
-@contextlib.contextmanager
-def _served(model_dir: Path) -> Iterator[LiveServer]:
-    """A free loopback port, a process group of its own, its log in a temporary file."""
-    if not list(model_dir.glob("*.safetensors")):
-        pytest.fail(f"{model_dir} has no weights: `make live` installs what live tests need")
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        port = probe.getsockname()[1]
-    with tempfile.NamedTemporaryFile("w", prefix="sglang-", suffix=".log") as log:
-        command = [str(ENGINES / "run_sglang_cpu.sh"), str(LIVE_DIR / "sglang"), str(model_dir), str(port)]
-        process = subprocess.Popen(
-            ["bash", *command], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            _await_health(f"http://127.0.0.1:{port}", process, Path(log.name))
-            yield LiveServer(f"http://127.0.0.1:{port}", model_dir)
-        finally:
-            for signum in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signum)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=20)
-
-
-def _await_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"SGLang ended with {process.returncode}; {log} ends:\n{log.read_text()[-2000:]}")
-        with (
-            contextlib.suppress(OSError),  # refused, or 503 until the model is loaded
-            urllib.request.urlopen(f"{url}/health", timeout=5) as answer,
-        ):
-            if answer.status == 200:
-                return
-        time.sleep(1)
-    pytest.fail(f"SGLang was not ready after {_START_S:g} s; {log} ends:\n{log.read_text()[-2000:]}")
+def sglang_server(sglang_servers: LiveServers) -> Callable[[str], LiveServer]:
+    """The real SGLang for a model of `LIVE_MODELS`; one runs at a time."""
+    return lambda name: sglang_servers.of(name, 1)[0]
 
 
 @pytest.fixture(scope="session")

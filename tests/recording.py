@@ -58,9 +58,7 @@ async def recording(engine_url: str) -> AsyncGenerator[Recording]:
             async with upstream.request(
                 request.method, engine_url + request.path, data=body, headers=headers
             ) as inner:
-                outer = web.StreamResponse(
-                    status=inner.status, headers={"Content-Type": inner.headers["Content-Type"]}
-                )
+                outer = web.StreamResponse(status=inner.status, headers={"Content-Type": inner.content_type})
                 await outer.prepare(request)
                 async for piece in inner.content.iter_any():
                     answer += piece

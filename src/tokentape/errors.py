@@ -10,6 +10,7 @@
     │   ├── SessionClosed                409      no      the session is finished or sealed
     │   ├── SessionExists                409      no      a session of that id is there already
     │   ├── NotPaused                    409      no      weights cannot be named while they sample
+    │   ├── WeightsDiffer                409      no      not all servers sample with the same weights
     │   ├── WorkerNeeded                 409      no      the last worker cannot be taken away
     │   ├── LimitReached                 400      no      the session has used up its turns or tokens
     │   └── TooLarge                     413      no      the body exceeds the limit
@@ -118,6 +119,12 @@ class SessionExists(RequestError):
 
 class NotPaused(RequestError):
     """Weights cannot be given a name while they sample: nobody would know which token is whose."""
+
+    status = 409
+
+
+class WeightsDiffer(RequestError):
+    """Several servers sample with weights of different names: no one name holds for all."""
 
     status = 409
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tokentape
+from routerkit import routing
 from tokentape.engines.local import LocalEngine
 from tokentape.engines.server import make_app, serve
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
@@ -449,6 +450,14 @@ async def test_a_picture_that_cannot_be_made_is_said_at_once(
     assert code == 2
     assert "tokentape[train]" in err
     assert len(err.strip().splitlines()) == 1
+
+
+async def test_a_router_whose_servers_differ_is_no_judge(recorded: Rows, tmp_path: Path) -> None:
+    good = written(tmp_path / "good.parquet", recorded)
+    async with FakeSGLang() as a, FakeSGLang() as b, routing([a.url, b.url]) as router:
+        a.weight_version = "7"
+        code, _, err = await run(str(good), "--engine", router.url, "--model", str(TINY_MODEL))
+    assert (code, "different weights" in err) == (2, True)
 
 
 async def test_the_command(engine: LocalEngine, recorded: Rows, tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ def verify(
                 contextlib.aclosing(SGLangEngine(SGLangConfig(url, api_key=engine_api_key), vocab_size=1))
             )
             info, dtype = await asking.info(), await asking.dtype()
+            if info.differs:
+                each = ", ".join(f"{server}: {name}" for server, name in info.weight_versions.items())
+                raise ConfigError(f"{url} is a router whose servers have different weights: {each}")
             directory = model_directory(_model(model, info.model))
             sizes = model_sizes(directory)
             tokenizer = Tokenizer(directory / "tokenizer.json", num_ids=sizes.vocab_size)

@@ -1,6 +1,6 @@
 """What tokentape asks of an engine: prompt ids in, sampled ids with one log-probability each out."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -72,12 +72,19 @@ class EngineInfo:
     """What an engine says of itself. None where it does not say.
 
     `sampling` holds where a request does not say otherwise: an operator's choice, else empty.
+    `weight_versions` are those of each server by its URL, where there are several.
     """
 
     model: str | None
     context_length: int | None
     weight_version: str | None
     sampling: Sampling = field(default_factory=Sampling)
+    weight_versions: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+
+    @property
+    def differs(self) -> bool:
+        """Whether there are several servers, and they sample with weights of different names."""
+        return len(set(self.weight_versions.values())) > 1
 
 
 class Engine(Protocol):

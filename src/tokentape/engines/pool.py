@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
+from tokentape.engines.router import joined_info
 from tokentape.engines.sglang import SGLangEngine
 from tokentape.errors import (
     ConfigError,
@@ -209,14 +210,10 @@ class EnginePool:
         asked = [worker for worker in self.workers if worker.state != "draining"]
         said = await asyncio.gather(*(worker.engine.info() for worker in asked), return_exceptions=True)
         infos = [info for info in said if isinstance(info, EngineInfo)]
-        if not infos:
-            raise next(error for error in said if isinstance(error, BaseException))
-        first = infos[0]
         for other in infos[1:]:
-            if (other.model, other.sampling) != (first.model, first.sampling):
-                log.warning("workers differ: %s and %s", first, other)
-        lengths = [info.context_length for info in infos if info.context_length is not None]
-        return dataclasses.replace(first, context_length=min(lengths, default=None))
+            if (other.model, other.sampling) != (infos[0].model, infos[0].sampling):
+                log.warning("workers differ: %s and %s", infos[0], other)
+        return joined_info(dict(zip([worker.url for worker in asked], said, strict=True)))
 
     async def aclose(self) -> None:
         """Close all workers. Generations under way are aborted."""
@@ -237,7 +234,7 @@ class EnginePool:
         if len(self._workers) == 1 and not tried:
             return next(iter(self._workers.values()))
         least = self._another(tried) or min(
-            (w for w in self.workers if w.state == "ejected" and w not in tried),
+            (w for w in self.workers if w.state == "ejected" and _may_try(w, tried)),
             key=lambda w: w.num_failures,
             default=None,
         )
@@ -245,7 +242,7 @@ class EnginePool:
             said = "; ".join(f"{w.url}: {w.last_error}" for w in self.workers)
             raise EngineUnavailable(f"no worker answers: {said}")
         own = self._of_session.get(session)
-        if own is not None and own.state == "healthy" and own not in tried:
+        if own is not None and own.state == "healthy" and _may_try(own, tried):
             limit = max(least.num_running + self._config.slack, 2 * least.num_running)
             if own.num_running <= limit:
                 least = own
@@ -257,8 +254,8 @@ class EnginePool:
         return least
 
     def _another(self, tried: list[Worker]) -> Worker | None:
-        """The least loaded healthy worker that was not tried."""
-        healthy = (w for w in self._workers.values() if w.state == "healthy" and w not in tried)
+        """The least loaded healthy worker that was not tried, or is a router."""
+        healthy = (w for w in self._workers.values() if w.state == "healthy" and _may_try(w, tried))
         return min(healthy, key=lambda w: w.num_running, default=None)
 
     # -- how it did
@@ -343,6 +340,11 @@ class EnginePool:
         task = asyncio.get_running_loop().create_task(worker.engine.aclose())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+
+def _may_try(worker: Worker, tried: list[Worker]) -> bool:
+    """Whether a generation that failed at `tried` may be asked of it; a router has other servers."""
+    return worker not in tried or worker.engine.routed
 
 
 def _kept(request: GenerateRequest, received: list[TokenChunk], error: EngineError) -> GenerateResult | None:

@@ -159,7 +159,7 @@ class ResumingEngine:
     async def info(self) -> EngineInfo:
         """What the engine says of itself; weights without a name have the one that was announced."""
         info = await self._engine.info()
-        if self.version is not None and info.weight_version in (None, UNNAMED):
+        if self.version is not None and info.weight_version in (None, UNNAMED) and not info.differs:
             return dataclasses.replace(info, weight_version=self.version)
         return info
 

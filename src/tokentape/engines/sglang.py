@@ -3,7 +3,8 @@
     GenerateRequest ─▶ encode_request ─▶ POST /generate ─▶ one JSON answer, or server-sent events ─┐
     TokenChunk …, GenerateResult ◀─ Completion: every count, id and log-probability is checked ◀───┘
 
-What is sent and what an answer means is `engines/sglang_protocol.py`'s, which does no I/O.
+What is sent and what an answer means is `engines/sglang_protocol.py`'s, which does no I/O. The URL may be
+sglang-router's (`engines/router.py`).
 """
 
 import asyncio
@@ -19,7 +20,7 @@ import aiohttp
 import msgspec
 
 from tokentape import errors
-from tokentape.engines import sglang_info
+from tokentape.engines import router, sglang_info
 from tokentape.engines import sglang_protocol as protocol
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
 from tokentape.engines.sglang_errors import error_message, lost, refusal
@@ -68,7 +69,7 @@ class SGLangConfig:
 
 
 class SGLangEngine:
-    """One SGLang server behind `engines.base.Engine`; one pooled HTTP client, used from one event loop.
+    """SGLang, or a router, behind `engines.base.Engine`; one pooled HTTP client, used from one event loop.
 
     `vocab_size` is the number of ids that the model knows. An id outside of it kills the whole server (seen
     four times), so none is ever sent, and a sampled one is an `EngineProtocolError`.
@@ -88,6 +89,12 @@ class SGLangEngine:
         self._streams: set[aiohttp.ClientResponse] = set()
         self._aborts: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._routed: bool | None = None  # not known yet
+
+    @property
+    def routed(self) -> bool:
+        """Whether the URL is known to be a router's: what fails there may go on at another of its servers."""
+        return self._routed is True
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
         """Yield the sampled tokens, then one `GenerateResult`; see `engines.base.Engine.generate`.
@@ -99,9 +106,10 @@ class SGLangEngine:
             ContextOverflow: prompt, or prompt plus `max_tokens`, exceeds the context.
             EngineError: every other failure, with the number of tokens received before it.
             InternalError: the prompt is empty or has an id outside the vocabulary; nothing was sent.
-            RequestError: a sampling parameter that SGLang must not be sent (nothing was sent), or a
-                constraint that it refused.
+            RequestError: a sampling parameter that SGLang must not be sent, or that a router would drop
+                (nothing was sent), or a constraint that it refused.
         """
+        await self._check_passes(request)
         rid = protocol.wire_rid(request.rid)
         body = protocol.encode_request(request, rid, self.vocab_size, self.config.stream_interval)
         completion = protocol.Completion(request, self.vocab_size)
@@ -176,29 +184,40 @@ class SGLangEngine:
 
     async def interrupt(self) -> None:
         """End all generations under way: each yields the tokens it has, and a result that says "abort"."""
-        await asyncio.gather(*(self._abort(rid) for rid in tuple(self._running)))
+        if running := tuple(self._running):
+            servers = await self._servers_to_tell()
+            await asyncio.gather(*(self._abort(rid, servers) for rid in running))
 
     async def info(self) -> EngineInfo:
-        """Ask the engine who it is; None for what it does not say.
-
-        The context length in force is `/v1/models`' `max_model_len`; `/get_server_info` knows only one that
-        was set on the command line.
+        """Ask the engine who it is, or each server behind the router; None for what it does not say.
 
         Raises:
             EngineError: `EngineUnavailable` when it is down, else what its answer means.
         """
-        model = await self._get("/model_info", sglang_info.ModelInfo)
+        servers = await self._servers()
+        if not self._routed:
+            return await self._info_of(self._url)
+        said = await asyncio.gather(*map(self._info_of, servers), return_exceptions=True)
+        return router.joined_info(dict(zip(servers, said, strict=True)))
+
+    async def _info_of(self, server: str) -> EngineInfo:
+        """What one server says of itself.
+
+        The context length in force is `/v1/models`' `max_model_len`; `/get_server_info` knows only one that
+        was set on the command line.
+        """
+        model = await self._get("/model_info", sglang_info.ModelInfo, server)
         if model is None:  # the older name, deprecated since
-            model = await self._get("/get_model_info", sglang_info.ModelInfo)
+            model = await self._get("/get_model_info", sglang_info.ModelInfo, server)
         if model is None:
             raise refusal(404, "neither /model_info nor /get_model_info exists")
-        cards = await self._get("/v1/models", sglang_info.Models)
+        cards = await self._get("/v1/models", sglang_info.Models, server)
         length = (
             next((card.max_model_len for card in cards.data if card.max_model_len), None) if cards else None
         )
         if length is None:
-            server = await self._get("/get_server_info", sglang_info.ServerInfo)
-            length = server.context_length if server else None
+            about = await self._get("/get_server_info", sglang_info.ServerInfo, server)
+            length = about.context_length if about else None
         return EngineInfo(
             model=model.model_path,
             context_length=length,
@@ -212,10 +231,11 @@ class SGLangEngine:
         Raises:
             EngineError: as `info`.
         """
-        server = await self._get("/server_info", sglang_info.ServerInfo)
-        if server is None:  # the older name
-            server = await self._get("/get_server_info", sglang_info.ServerInfo)
-        return server.dtype if server is not None and server.dtype not in (None, "auto") else None
+        server = next(iter(await self._servers()), self._url)
+        about = await self._get("/server_info", sglang_info.ServerInfo, server)
+        if about is None:  # the older name
+            about = await self._get("/get_server_info", sglang_info.ServerInfo, server)
+        return about.dtype if about is not None and about.dtype not in (None, "auto") else None
 
     async def ill(self, timeout_s: float) -> str | None:
         """What is wrong with the server, None where it answers `/health` in time. Nothing is generated."""
@@ -283,36 +303,82 @@ class SGLangEngine:
     async def _post(
         self, path: str, body: bytes, headers: Mapping[str, str] | None = None
     ) -> aiohttp.ClientResponse:
-        if self._closed and path != "/abort_request":
+        if self._closed:
             raise errors.InternalError("generate() was called on a closed engine client")
         data = body if len(body) <= _LARGE_BODY else io.BytesIO(body)
         return await self._session().post(self._url + path, data=data, headers=headers, allow_redirects=False)
 
     def _abort_soon(self, rid: str) -> None:
-        task = asyncio.get_running_loop().create_task(self._abort(rid))
+        task = asyncio.get_running_loop().create_task(self._abort_anywhere(rid))
         self._aborts.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._aborts.discard)
 
-    async def _abort(self, rid: str) -> None:
+    async def _abort_anywhere(self, rid: str) -> None:
+        await self._abort(rid, await self._servers_to_tell())
+
+    async def _abort(self, rid: str, servers: Sequence[str]) -> None:
+        """Abort at each of `servers`: nobody says which of them has it, and the others do not mind."""
+        body = msgspec.json.encode({"rid": rid})
+        await asyncio.gather(*(self._abort_at(server, rid, body) for server in servers))
+
+    async def _abort_at(self, server: str, rid: str, body: bytes) -> None:
         try:
             async with asyncio.timeout(self.config.control_timeout_s):
-                async with await self._post("/abort_request", msgspec.json.encode({"rid": rid})) as response:
+                async with self._session().post(
+                    server + "/abort_request", data=body, allow_redirects=False
+                ) as response:
                     await response.read()
         except (aiohttp.ClientError, OSError) as error:
             # Not raised: the failure that led here is being raised already, and a live server also notices
             # the closed connection.
-            _logger.warning("abort of %s on %s failed: %s", rid, self._url, _name(error))
+            _logger.warning("abort of %s on %s failed: %s", rid, server, _name(error))
 
-    async def _get(self, path: str, answer: type[_T]) -> _T | None:
+    async def _check_passes(self, request: GenerateRequest) -> None:
+        """Ask whether the URL is a router's only where its answer would matter."""
+        try:
+            router.check_passes(request)
+        except errors.TokentapeError:
+            await self._servers()
+            if self._routed:
+                raise
+
+    async def _servers_to_tell(self) -> tuple[str, ...]:
+        """As `_servers`, for what is not worth an error: the URL itself where they cannot be known."""
+        try:
+            return await self._servers()
+        except errors.EngineError as error:
+            _logger.warning("whether %s is a router is not known: %s", self._url, error)
+            return (self._url,)
+
+    async def _servers(self) -> tuple[str, ...]:
+        """Where all goes that is not a generation: this server, or those that the router has now.
+
+        Raises:
+            EngineError: it does not answer.
+        """
+        if self._routed is not False:
+            try:
+                listing = await self._get("/workers", router.Listing)
+            except (errors.EngineRejected, errors.EngineProtocolError):  # a proxy's words, before SGLang
+                if self._routed:
+                    raise
+                listing = None
+            self._routed = listing is not None
+            if listing is not None:
+                return tuple(worker.url.rstrip("/") for worker in listing.workers)
+        return (self._url,)
+
+    async def _get(self, path: str, answer: type[_T], server: str | None = None) -> _T | None:
         """The decoded answer to a GET; None where the server lacks the route."""
+        url = (server or self._url) + path
         try:
             async with asyncio.timeout(self.config.control_timeout_s):
-                async with self._session().get(self._url + path, allow_redirects=False) as response:
+                async with self._session().get(url, allow_redirects=False) as response:
                     body = await response.read()
         except TimeoutError as error:
-            raise errors.EngineTimeout(f"{self._url}{path}: no answer in time: {_name(error)}") from error
+            raise errors.EngineTimeout(f"{url}: no answer in time: {_name(error)}") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise errors.EngineUnavailable(f"{self._url}{path}: {_name(error)}") from error
+            raise errors.EngineUnavailable(f"{url}: {_name(error)}") from error
         if response.status in (404, 405):
             return None
         if response.status != 200:
@@ -320,7 +386,7 @@ class SGLangEngine:
         try:
             return msgspec.json.decode(body, type=answer)
         except msgspec.MsgspecError as error:
-            raise errors.EngineProtocolError(f"{self._url}{path}: {error}") from error
+            raise errors.EngineProtocolError(f"{url}: {error}") from error
 
 
 class _Patience:

@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Iterable
 
+from tokentape.engines.base import EngineInfo
 from tokentape.engines.resume import UNNAMED, ResumingEngine
-from tokentape.errors import NotPaused
+from tokentape.errors import NotPaused, WeightsDiffer
 from tokentape.store import Store
 from tokentape.tape import version_order
 from tokentape.types import Json
@@ -53,13 +54,22 @@ class Weights:
         Raises:
             EngineError: the engine does not answer.
             NotPaused: the engine has no name for its weights, and they are sampling.
+            WeightsDiffer: the engine is several servers, and they name different weights.
         """
-        said = (await self._engine.reported()).weight_version
+        info = await self._engine.reported()
+        if info.differs:
+            each = ", ".join(f"{url}: {name}" for url, name in info.weight_versions.items())
+            raise WeightsDiffer(
+                f"the engine's servers sample with different weights ({each}); each token has its own "
+                "server's name. Give the update to those that missed it, or take them away",
+                param="version",
+            )
+        said = info.weight_version
         if said not in (None, UNNAMED):
             await self.saw([said])
             if said != version:
                 log.warning("weights: announced as %r, the engine says %r: that holds", version, said)
-            return self._state(said, "engine")
+            return self._state(info, said, "engine")
         if self._engine.num_running:
             raise NotPaused(
                 f"the engine does not name its weights, and {self._engine.num_running} generations are under "
@@ -68,7 +78,7 @@ class Weights:
             )
         await self.saw([version], "caller")
         self._engine.version = version
-        return self._state(version, "caller")
+        return self._state(info, version, "caller")
 
     async def pause(self) -> Json:
         """Interrupt what is being sampled and hold it, with all that comes, until `resume`.
@@ -86,21 +96,23 @@ class Weights:
         return {"paused": self._engine.paused}
 
     async def state(self) -> Json:
-        """What is in force.
+        """What is in force: `version` is null where several servers differ, `servers` has the name at each.
 
         Raises:
             EngineError: the engine does not answer.
         """
-        said = (await self._engine.reported()).weight_version
-        if said in (None, UNNAMED) and self._engine.version is not None:
-            return self._state(self._engine.version, "caller")
-        return self._state(said, "engine")
+        info = await self._engine.reported()
+        said = info.weight_version
+        if said in (None, UNNAMED) and self._engine.version is not None and not info.differs:
+            return self._state(info, self._engine.version, "caller")
+        return self._state(info, said, "engine")
 
-    def _state(self, version: str | None, said_by: str) -> Json:
+    def _state(self, info: EngineInfo, version: str | None, said_by: str) -> Json:
         order = version_order(list(self._versions))
         return {
             "version": version,
             "said_by": said_by,
+            "servers": dict(info.weight_versions),
             "versions": sorted(order, key=order.__getitem__),
             "paused": self._engine.paused,
             "running": self._engine.num_running,

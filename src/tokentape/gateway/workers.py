@@ -4,6 +4,7 @@ import asyncio
 
 import msgspec
 
+from tokentape.engines.base import EngineInfo
 from tokentape.engines.pool import EnginePool, Worker
 from tokentape.errors import NotFound, TokentapeError
 from tokentape.types import Json
@@ -25,12 +26,14 @@ class WorkerGone(msgspec.Struct, forbid_unknown_fields=True):
 async def list_workers(pool: EnginePool | None) -> Json:
     """`GET /workers`: each worker as the pool and as it itself sees it.
 
+    `servers` are those behind a router, and the name of the weights at each.
+
     Raises:
         NotFound: the engine is not a pool of servers.
     """
     pool = known(pool)
     workers, num_sessions = pool.workers, pool.num_sessions()
-    versions = await asyncio.gather(*(_version(worker) for worker in workers))
+    infos = await asyncio.gather(*(_info(worker) for worker in workers))
     return {
         "workers": [
             {
@@ -41,10 +44,11 @@ async def list_workers(pool: EnginePool | None) -> Json:
                 "failures_in_a_row": worker.num_failures,
                 "ejections": worker.num_ejections,
                 "generations": dict(worker.outcomes),
-                "weight_version": version,
+                "weight_version": info.weight_version if info else None,
+                "servers": dict(info.weight_versions) if info else {},
                 "last_error": worker.last_error,
             }
-            for worker, version in zip(workers, versions, strict=True)
+            for worker, info in zip(workers, infos, strict=True)
         ]
     }
 
@@ -60,11 +64,11 @@ def known(pool: EnginePool | None) -> EnginePool:
     return pool
 
 
-async def _version(worker: Worker) -> str | None:
-    """What it samples with; None where it does not answer."""
+async def _info(worker: Worker) -> EngineInfo | None:
+    """What it says of itself; None where it does not answer."""
     if worker.state == "ejected":
         return None
     try:
-        return (await worker.engine.info()).weight_version
+        return await worker.engine.info()
     except TokentapeError:
         return None
