@@ -85,7 +85,7 @@ async def export_dataset(
         store: is read, beside a gateway that writes it.
         uri: `s3://…`, `gs://…`, `file://…` or a local path; with `filesystem`, a path there.
         session_ids: only of these, which must be finished.
-        partition_mb: at least 1.
+        partition_mb: 0 gives every session a partition.
         max_staleness: as `stored_samples` has it, and so `at_version` and `on_stale`.
         at_version: see there.
         on_stale: see there.

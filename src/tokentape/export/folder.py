@@ -98,7 +98,12 @@ class Folder:
             with self.opened(_WRITER) as file:
                 return file.read() == mine
 
-        still()  # may it be read?
+        try:
+            still()  # may it be read?
+        except ConfigError:
+            with contextlib.suppress(ConfigError):
+                self.remove(_WRITER)
+            raise
         yield still
 
     @contextlib.contextmanager
@@ -117,20 +122,25 @@ class Folder:
                     path.unlink(missing_ok=True)
 
     def put(self, name: str, source: Path) -> None:
-        """Let the file appear, with what was written to its `scratch` path; one of that name is replaced.
+        """Let a file appear that nobody else writes, with what was written to its `scratch` path.
 
         Raises:
             ConfigError: it cannot be written; nothing has appeared.
         """
         with self._as_config_error(f"cannot take {name}"):
             if self._local is not None:
-                _settled(source)
-                source.replace(self._local / name)
-                _settled(self._local)
+                self._move(source, self._local / name)
                 return
-            with source.open("rb") as file:  # pa.memory_map refuses an empty one
-                content = pa.memory_map(str(source)) if os.fstat(file.fileno()).st_size else None
-            self._send(name, pa.py_buffer(b"") if content is None else content.read_buffer())
+            content = pa.memory_map(str(source)).read_buffer()
+            try:
+                self._send(name, content)
+                size = self._filesystem.get_file_info(f"{self._root}/{name}").size
+                if size != content.size:
+                    raise OSError(f"{size} bytes have arrived of {content.size}")  # noqa: TRY301
+            except BaseException:
+                with contextlib.suppress(OSError, ValueError):  # it may be there, and not be whole
+                    self._filesystem.delete_file(f"{self._root}/{name}")
+                raise
 
     def put_bytes(self, name: str, content: bytes) -> None:
         """Let a small file appear; one of that name is replaced.
@@ -138,10 +148,13 @@ class Folder:
         Raises:
             ConfigError: it cannot be written.
         """
-        with self.scratch(name) as path:
-            with self._as_config_error(f"cannot take {name}"):
+        with self._as_config_error(f"cannot take {name}"):
+            if self._local is None:
+                self._send(name, pa.py_buffer(content))
+                return
+            with self.scratch(name) as path:
                 path.write_bytes(content)
-            self.put(name, path)
+                self._move(path, self._local / name)
 
     def remove(self, name: str) -> None:
         """Remove a file.
@@ -152,28 +165,20 @@ class Folder:
         with self._as_config_error(f"holds {name}, which cannot be removed"):
             self._filesystem.delete_file(f"{self._root}/{name}")
 
-    def _send(self, name: str, content: pa.Buffer) -> None:
-        """Upload an object.
+    def _move(self, source: Path, target: Path) -> None:
+        _settle(source)
+        source.replace(target)
+        _settle(target.parent)
 
-        Arrow completes an upload when its stream is closed, and when it is forgotten too. So it is closed
-        here whatever happens, and removed where a failure may have completed it.
-        """
-        path = f"{self._root}/{name}"
-        stream = self._filesystem.open_output_stream(path)
+    def _send(self, name: str, content: pa.Buffer) -> None:
+        """Upload an object. Arrow completes an upload when its stream is closed, or is forgotten unclosed."""
+        stream = self._filesystem.open_output_stream(f"{self._root}/{name}")
         try:
             for start in range(0, content.size, _UPLOAD_BYTES):
                 stream.write(content.slice(start, min(_UPLOAD_BYTES, content.size - start)))
                 stream.flush()  # wait for it: Arrow would take all of it into memory
+        finally:
             stream.close()
-            size = self._filesystem.get_file_info(path).size
-            if size != content.size:
-                raise OSError(f"{size} bytes have arrived of {content.size}")  # noqa: TRY301  # removed below
-        except BaseException:
-            with contextlib.suppress(OSError, ValueError):
-                stream.close()
-            with contextlib.suppress(OSError, ValueError):
-                self._filesystem.delete_file(path)
-            raise
 
     @contextlib.contextmanager
     def _locked(self, root: Path) -> Generator[None]:
@@ -215,7 +220,7 @@ def _without_secrets(uri: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _settled(path: Path) -> None:
+def _settle(path: Path) -> None:
     """Wait until a file, or what a folder lists, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
