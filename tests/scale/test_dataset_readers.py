@@ -8,9 +8,10 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 import urllib.request
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,11 +23,12 @@ import pyarrow.fs as pfs
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
-from recorded import Recorder, record, said, user
+from recorded import record, turn, user
 
 from tokentape.errors import ConfigError
 from tokentape.export import export_dataset, read_dataset, stored_samples
 from tokentape.store import SQLiteStore
+from tokentape.tape import Turn
 from tokentape.types import VersionSpan
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the readers' own
@@ -50,7 +52,8 @@ class Server:
         return pfs.FileSystem.from_uri(self.uri("x"))[0]
 
     def send(self, method: str, path: str, body: bytes | None = None) -> None:
-        request = urllib.request.Request(f"http://{self.endpoint}/{path}", body, method=method)
+        headers = {"Content-Type": "text/plain"}
+        request = urllib.request.Request(f"http://{self.endpoint}/{path}", body, headers, method=method)
         urllib.request.urlopen(request).read()
 
 
@@ -77,25 +80,26 @@ def fill(path: Path, num_sessions: int) -> Path:
     """Finished sessions of `NUM_TURNS` turns; half of each turn's tokens are sampled."""
     random, ids = Random(7), itertools.count(1)
 
-    def values(kind: str, divisor: int) -> "array[Any]":
+    def values(kind: str) -> "array[Any]":
         drawn = array("H", random.randbytes(TURN_TOKENS))
-        return array("i", drawn) if kind == "i" else array("f", [-value / divisor for value in drawn])
+        return array("i", drawn) if kind == "i" else array("f", [-value / 8192 for value in drawn])
 
     async def put() -> None:
         store = SQLiteStore(path)
         for number in range(num_sessions):
-            recorder, messages, turns = Recorder(names=ids), [user(f"u {number}")], list[Any]()
+            turns = list[Turn]()
             for at in range(NUM_TURNS):
-                made = recorder.run(
-                    messages,
-                    said(f"a {at}"),
-                    prompt=values("i", 1),
-                    completion=values("i", 1),
-                    logprobs=values("f", 8192),
+                made = turn(
+                    f"t{next(ids):05d}",
+                    parent_id=turns[-1].turn_id if turns else None,
+                    branch_reason=None if turns else "root",
+                    prompt=values("i"),
+                    completion=values("i"),
+                    logprobs=values("f"),
                     versions=(VersionSpan("1", 0, TURN_TOKENS // 2),),
+                    messages=(user(f"u {number} {at}"),),
                 )
                 turns.append(made)
-                messages = [*messages, said(f"a {at}"), user(f"v {at}")]
             session_id = f"s{number:04d}"
             await store.put_session(record(session_id, state="finished", reward=1.0))
             await store.put_turns(session_id, turns)
@@ -127,7 +131,7 @@ print(json.dumps([(kilobytes("VmHWM") - before) / 1024, len(added), sum(p.tokens
 """
 
 
-def export(store: Path, uri: str, partition_mb: int = 16) -> tuple[float, int, int]:
+def export(store: Path, uri: str, partition_mb: int = 8) -> tuple[float, int, int]:
     """In a process of its own: by how many MiB its memory grew, the number of partitions and of tokens."""
     words = [sys.executable, "-c", _MEASURED, str(store), uri, str(partition_mb)]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE)
@@ -169,11 +173,13 @@ def alike(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return table.sort_by("sample_id").combine_chunks()
 
 
-def test_memory_is_bounded(exported: Exported, tmp_path: Path) -> None:
+def test_memory_is_bounded(
+    exported: Exported, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Four times the tokens take no more of it, beyond what allocators keep."""
     small = fill(tmp_path / "s.sqlite", NUM_SESSIONS // 4)
     growth_mb, _, _ = export(small, exported.server.uri("small"))
-    print(f"\n{growth_mb:.0f} MiB for 2.5 million tokens, {exported.growth_mb:.0f} MiB for 10 million")
+    record_property("growth_mb of 2.5 and of 10 million tokens", [growth_mb, exported.growth_mb])
     assert exported.growth_mb < 400
     assert exported.growth_mb < growth_mb + 60
 
@@ -200,15 +206,47 @@ def test_polars_reads_it(exported: Exported) -> None:
     assert alike(found, exported.expected.schema).equals(exported.expected)
 
 
-def through_arrow(server: Server) -> Any:
+class OnePlaceAThread:
+    """A file to read in which each thread has a place of its own.
+
+    DuckDB 2.0.1 seeks and reads in one Python file from several threads (`async_threads`, eight of them also
+    where `threads` is 1): 4 of 15 queries of three files ended in "ZSTD Decompression failure" and the like.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._place = threading.local()
+
+    def seek(self, at: int, whence: int = 0) -> int:
+        assert whence == 0
+        self._place.at = at
+        return at
+
+    def tell(self) -> int:
+        return getattr(self._place, "at", 0)
+
+    def read(self, size: int) -> bytes:
+        content = self._file.stream.read_at(size, self.tell())
+        self._place.at = self.tell() + len(content)
+        return content
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def through_arrow(server: Server, seen: Callable[[Any], Any] = lambda file: file) -> Any:
     """An fsspec filesystem over Arrow's: in place of s3fs, and of an extension that DuckDB downloads."""
     arrow = pytest.importorskip("fsspec.implementations.arrow")
 
     class S3(arrow.ArrowFSWrapper):
         protocol = "s3"
+        cachable = False
 
         def __init__(self, **options: Any) -> None:
             super().__init__(server.filesystem(), **options)
+
+        def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+            return seen(super()._open(path, mode, **options))
 
     return S3
 
@@ -216,7 +254,7 @@ def through_arrow(server: Server) -> Any:
 def test_duckdb_reads_it(exported: Exported) -> None:
     duckdb = pytest.importorskip("duckdb")
     with duckdb.connect() as connection:
-        connection.register_filesystem(through_arrow(exported.server)())
+        connection.register_filesystem(through_arrow(exported.server, OnePlaceAThread)())
         query = f"SELECT {', '.join(COLUMNS)} FROM read_parquet('s3://{exported.path}/*.parquet')"
         found = connection.sql(query).to_arrow_table()
     assert alike(found, exported.expected.schema).equals(exported.expected)
@@ -300,13 +338,16 @@ def test_a_bucket_without_rights(server: Server, tmp_path: Path) -> None:
 
 
 def test_an_upload_that_is_cut(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One part of many fails for good: Arrow's own stream leaves no object, and no partition is listed."""
-    import moto.s3.models as models
+    """The second of its parts is refused for good: no object is left, and the next export adds everything."""
+    models = pytest.importorskip("moto.s3.models")
+    whole = models.FakeMultipart.set_part
 
-    def fail(*_: Any, **__: Any) -> Any:
-        raise OSError("no room")
+    def fail(upload: Any, part_id: int, value: bytes) -> Any:
+        if int(part_id) > 1:
+            raise OSError("no room")
+        return whole(upload, part_id, value)
 
-    store = fill(tmp_path / "s.sqlite", 20)
+    store = fill(tmp_path / "s.sqlite", 250)
     uri = server.uri("cut/data")
     with monkeypatch.context() as patch:
         patch.setattr(models.FakeMultipart, "set_part", fail)
@@ -320,4 +361,4 @@ def test_an_upload_that_is_cut(server: Server, tmp_path: Path, monkeypatch: pyte
     assert "s3://tapes/cut/data cannot take part-000001" in done.stderr
     names = [info.base_name for info in server.filesystem().get_file_info(pfs.FileSelector("tapes/cut/data"))]
     assert names == ["_writer"]
-    assert export(store, uri)[2] == 20 * NUM_TURNS * TURN_TOKENS
+    assert export(store, uri)[2] == 250 * NUM_TURNS * TURN_TOKENS
