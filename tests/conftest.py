@@ -1,6 +1,7 @@
 """Live tests run only when asked for (`make live`); the servers that tests need: SGLang, PostgreSQL."""
 
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -30,6 +31,14 @@ def sglang_servers() -> Iterator[LiveServers]:
 def sglang_server(sglang_servers: LiveServers) -> Callable[[str], LiveServer]:
     """The real SGLang for a model of `LIVE_MODELS`; one runs at a time."""
     return lambda name: sglang_servers.of(name, 1)[0]
+
+
+@pytest.fixture(autouse=True)
+def _applications_end() -> Iterator[None]:
+    """aiohttp remembers the last 1,024 handlers, and with them whole gateways: 15 MB each."""
+    yield
+    if (web_app := sys.modules.get("aiohttp.web_app")) is not None:
+        web_app._cached_build_middleware.cache_clear()
 
 
 @pytest.fixture(scope="session")
