@@ -40,6 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "stores": {*CORE, "postgres", "store"},
     "export": {*CORE, "export", "tape", "tree", "schema", "store"},
     "verify": {*CORE, "engines.sglang_score", "export", "invariants", "tape", "tokenizer", "verify"},
+    "report": {*CORE, "export", "report", "schema", "tape", "tokenizer", "verify"},
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
@@ -50,7 +51,7 @@ LAYERS: dict[str, set[str]] = {
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
         *CORE, "audit", "cli", "demo", "engines", "export", "formatfile", "formats", "gateway", "model",
-        "scale", "stores", "tokenizer", "verify", "volatile", "",
+        "report", "scale", "stores", "tokenizer", "verify", "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {
@@ -87,8 +88,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "psycopg": ("postgres", "postgres_sql"),
     "psycopg_pool": ("postgres",),
     "jinja2": ("template",),
-    "pyarrow": ("schema", "export", "cli", "demo", "rollout"),
-    "rich": ("audit.show", "verify.show", "cli", "demo", "rollout.progress"),
+    "pyarrow": ("schema", "export", "report", "cli", "demo", "rollout"),
+    "rich": ("audit.show", "verify.show", "report.show", "cli", "demo", "rollout.progress"),
     "click": ("cli",),
 }
 PURE = (

@@ -11,6 +11,7 @@ from tokentape import __version__
 from tokentape.cli.audit import audit
 from tokentape.cli.demo import demo
 from tokentape.cli.export import export
+from tokentape.cli.report import report
 from tokentape.cli.serve import engine, serve
 from tokentape.cli.top import top
 from tokentape.cli.verify import verify
@@ -45,5 +46,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, serve, engine, top, export, verify, audit):
+for _command in (demo, serve, engine, top, export, verify, report, audit):
     main.add_command(_command)
