@@ -23,6 +23,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def several(count: int, name: str) -> str:
+    """So many of them, in words."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
+
+
 def bin_name(one: Bin) -> str:
     """A bin in words."""
     return number(one.low) if one.low == one.high else f"{number(one.low)} to {number(one.high)}"
@@ -39,8 +44,10 @@ def histogram(distribution: Distribution, title: str) -> str:
     bar = min(step * 0.86, 56.0)
     words = (
         f"{title}: {distribution.count:,} values from {number(distribution.smallest)} to "
-        f"{number(distribution.largest)}, median {number(distribution.median)}"
+        f"{number(distribution.largest)}"
     )
+    if distribution.median is not None:
+        words += f", median {number(distribution.median)}"
     parts = [_open(words), *_grid(most)]
     for at, one in enumerate(bins):
         high = height * one.count / most
@@ -88,7 +95,10 @@ def _ticks(bins: Sequence[Bin], step: float) -> list[str]:
         return [_text("tick", _LEFT + (at + 0.5) * step, y, number(one.low)) for at, one in enumerate(bins)]
     edges = [*(one.low for one in bins), bins[-1].high]
     every = max(1, -(-len(edges) // 8))
-    return [_text("tick", _LEFT + at * step, y, number(edges[at])) for at in range(0, len(edges), every)]
+    return [
+        _text("tick", _LEFT + at * step, y, number(edges[at]), "middle" if at < len(bins) else "end")
+        for at in range(0, len(edges), every)
+    ]
 
 
 def _median(distribution: Distribution, bins: Sequence[Bin], step: float) -> str:
@@ -142,14 +152,13 @@ _PATTERNS = (
 )
 
 
-def steps(edges: Sequence[float], counts: Sequence[int], title: str) -> str:
-    """A histogram of bins below the first edge, between two, above the last; empty ends are left out."""
+def between(edges: Sequence[float], counts: Sequence[int]) -> Distribution:
+    """Bins below the first edge, between two, above the last; empty ends are left out."""
     filled = [at for at, count in enumerate(counts) if count]
     if not filled:
-        return ""
+        return Distribution(count=0)
     first, last = filled[0], filled[-1]
     lows = [0.0, *edges]
     highs = [*edges, edges[-1] * 10]
     bins = tuple(Bin(low=lows[at], high=highs[at], count=counts[at]) for at in range(first, last + 1))
-    total = sum(counts)
-    return histogram(Distribution(count=total, smallest=bins[0].low, largest=bins[-1].high, bins=bins), title)
+    return Distribution(count=sum(counts), smallest=bins[0].low, largest=bins[-1].high, bins=bins)

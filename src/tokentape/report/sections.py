@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tokentape.report.charts import bin_name, histogram, number, share_bar, stack, steps
+from tokentape.report.charts import between, bin_name, histogram, number, several, share_bar, stack
 from tokentape.report.figures import Distribution, Mismatch, Odd, Report
 from tokentape.report.spread import OTHERS
 from tokentape.report.text import shown
@@ -35,7 +35,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, chart: int | N
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _figure(title: str, distribution: Distribution, note: str = "", unit: str = "") -> str:
+def _figure(title: str, distribution: Distribution, note: str, unit: str) -> str:
     """A histogram with its quantiles below, and all of its bins in a table."""
     one = distribution
     if not one.count:
@@ -49,12 +49,16 @@ def _figure(title: str, distribution: Distribution, note: str = "", unit: str = 
         f"from {number(one.smallest)} to {number(one.largest)}",
     ]
     facts += [f"{one.missing:,} missing"] if one.missing else []
-    rows = [(bin_name(each), number(each.count), f"{each.count / one.count:.1%}") for each in one.bins]
     return (
         f"<figure><h3>{escape(title)}</h3><figcaption>{escape(note)} {escape('; '.join(facts))}.</figcaption>"
-        f"{histogram(one, title)}<details><summary>As a table</summary>"
-        f"{_table((unit or 'value', 'count', 'share'), rows)}</details></figure>"
+        f"{histogram(one, title)}{_bins(one, unit)}</figure>"
     )
+
+
+def _bins(one: Distribution, unit: str) -> str:
+    rows = [(bin_name(each), number(each.count), f"{each.count / one.count:.1%}") for each in one.bins]
+    table = _table((unit, "count", "share"), rows)
+    return f"<details><summary>As a table</summary>{table}</details>"
 
 
 def _counts(title: str, counts: Mapping[str, int], what: str, note: str = "") -> str:
@@ -173,6 +177,8 @@ def _staleness(report: Report) -> str:
     stale = report.staleness
     if not stale.versions:
         return '<p class="soft">Nothing is trained, so no version of the weights is named.</p>'
+    if len(stale.versions) == 1:
+        return f"<p>One version of the weights sampled everything: {_name(stale.versions[0].version)}.</p>"
     words = (
         f"{len(stale.versions)} versions sampled; a trained token's weights are {number(stale.mean_age)} "
         "versions old in the mean, counted from the newest in this file. "
@@ -225,8 +231,8 @@ def _mismatch(mismatch: Mismatch | None) -> str:
     if mismatch is None:
         return (
             f'<figure>{title}<p class="soft">Not recomputed. <code>--engine URL</code> has an engine with '
-            "the weights that sampled compute them again, for some sessions; <code>tokentape verify</code> does "
-            "it for all.</p></figure>"
+            "the weights that sampled compute them again, for some sessions; <code>tokentape verify</code> "
+            "does it for all.</p></figure>"
         )
     found = mismatch.verified
     rows = [
@@ -244,7 +250,8 @@ def _mismatch(mismatch: Mismatch | None) -> str:
         f"{number(found.whole.num_tokens)} tokens of {number(mismatch.num_sessions)} sessions: the "
         "difference of each token's log-probability, nats."
     )
-    picture = steps(found.histogram_edges, found.whole.histogram, "Differences of log-probabilities, nats")
+    bins = between(found.histogram_edges, found.whole.histogram)
+    picture = histogram(bins, "Differences of log-probabilities, nats") + _bins(bins, "nats")
     table = _table(("weights", "tokens", "mean", "largest", "k3", "judged"), rows)
     shows = f"<figcaption>{escape(caption)}</figcaption>{picture}{table}"
     return f"<figure>{title}{shows}{_verdict(mismatch)}</figure>"
@@ -306,7 +313,7 @@ def _odd_item(one: Odd) -> str:
         f"{one.bits:.1f} bits",
         "no reward" if one.reward is None else f"reward {number(one.reward)}",
         f"{number(one.num_tokens)} tokens",
-        f"{number(one.num_turns)} turns",
+        several(one.num_turns, "turn"),
     ]
     why = "".join(
         f"<li>{_name_long(each.words)} ({each.share:.1%} of the samples)</li>" for each in one.oddities

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tokentape.report.charts import number
+from tokentape.report.charts import number, several
 from tokentape.report.figures import Distribution, Report
 from tokentape.report.text import shown
 
@@ -44,13 +44,8 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
         f"{report.num_truncated:,} samples ({report.num_truncated / report.num_samples:.1%})",
     )
     if stale.versions:
-        yield (
-            "weights",
-            (
-                f"{len(stale.versions)} versions, {number(stale.mean_age)} old in the mean, "
-                f"{stale.num_mixed:,} samples of several"
-            ),
-        )
+        age = f"{number(stale.mean_age)} old in the mean, {several(stale.num_mixed, 'sample')} of several"
+        yield "weights", f"{several(len(stale.versions), 'version')}, {age}"
     yield "log-probability", _spread(report.logprobs)
     if report.num_without_logprob:
         yield "", f"{report.num_without_logprob:,} trained tokens have none: do not train on this file"

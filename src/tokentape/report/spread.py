@@ -74,6 +74,9 @@ class Spread:
         if len(values) <= _MOST_BINS // 2:
             return tuple(Bin(low=v, high=v, count=self._seen[v]) for v in values)
         low, high = values[0], values[-1]
+        if high - low < _MOST_BINS and all(value.is_integer() for value in values):
+            whole = map(float, range(int(low), int(high) + 1))
+            return tuple(Bin(low=v, high=v, count=self._seen[v]) for v in whole)
         edges = _ratios(low, high) if low > 0 and high > 20 * median else _steps(low, high)
         counts = [0] * (len(edges) - 1)
         for value in values:
