@@ -1,4 +1,4 @@
-"""`tokentape report`: every figure against counting by hand, hostile texts, the page as a browser reads it."""
+"""`tokentape report`: every figure against counting by hand, hostile texts, the page as it is read."""
 
 import contextlib
 import itertools
@@ -337,7 +337,8 @@ def test_spread_does_not_grow() -> None:
 def test_bins_hold_every_value() -> None:
     for values in (
         [0.0, 1e-12, 1.0], [-5.0, 3.5, 100.0], [1, 10, 100, 10**7], [3.25], [*range(15)],
-        [1e300, -1e300, 0.5], [x / 7 for x in range(-30, 90)], [1e-9 * x for x in range(1, 60)], [10.0**x for x in range(-8, 9)],
+        [1e300, -1e300, 0.5], [x / 7 for x in range(-30, 90)],
+        [1e-9 * x for x in range(1, 60)], [10.0**x for x in range(-8, 9)],
     ):  # fmt: skip
         spread = Spread()
         for value in values:
