@@ -17,6 +17,8 @@ from tokentape.types import Json, Message, RoutedExperts, Sampling, Support, Tok
 from tokentape.volatile import Superseded
 
 SCHEMA_VERSION = 3
+VERSION_KEY = "tokentape.schema_version"
+"""Where a file of samples states it, in its metadata."""
 
 T = TypeVar("T")
 Kind = Literal["text", "int", "real", "bool", "ids", "floats", "packed", "json"]
@@ -146,7 +148,7 @@ SAMPLES = pa.schema(
         pa.field("sampling", pa.string(), nullable=False),
         pa.field("metadata", pa.string(), nullable=False),
     ],
-    metadata={"tokentape.schema_version": str(SCHEMA_VERSION)},
+    metadata={VERSION_KEY: str(SCHEMA_VERSION)},
 )
 
 

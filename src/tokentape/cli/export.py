@@ -10,7 +10,16 @@ import uvloop
 
 from tokentape.cli.options import STORE_THERE
 from tokentape.errors import ConfigError
-from tokentape.export import TRAINERS, FileSamples, Trainer, stored_samples, write_parquet, write_rows
+from tokentape.export import (
+    TRAINERS,
+    FileSamples,
+    Trainer,
+    export_dataset,
+    stored_samples,
+    write_parquet,
+    write_rows,
+)
+from tokentape.export.dataset import PARTITION_MB, Partition
 from tokentape.stores import open_store
 from tokentape.types import Json
 
@@ -24,9 +33,20 @@ from tokentape.types import Json
 )
 @click.option(
     "--out",
-    required=True,
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file to write: Parquet, or JSON lines where it ends in .jsonl.",
+)
+@click.option(
+    "--dataset",
+    metavar="URI",
+    help="In place of --out: a folder of Parquet files, local or s3://… or gs://…, that gets the finished "
+    "sessions it has not yet; see docs/datasets.md.",
+)
+@click.option(
+    "--partition-mb",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"With --dataset: begin a new file after so many MiB; {PARTITION_MB} if not given.",
 )
 @click.option(
     "--format",
@@ -52,16 +72,18 @@ from tokentape.types import Json
 @click.option("--at-version", metavar="VERSION", help="Count --max-staleness from this version instead.")
 def export(
     store: Path | str,
-    out: Path,
+    out: Path | None,
+    dataset: str | None,
+    partition_mb: int | None,
     trainer_name: str | None,
     experts_per_token: int | None,
     session_ids: Sequence[str],
     max_staleness: int | None,
     at_version: str | None,
 ) -> None:
-    """Write the tapes of a store to a file, one row a branch.
+    """Write the tapes of a store to a file or to a dataset, one row a branch.
 
-    Sessions that are still open are exported as they are.
+    To a file, sessions that are still open are exported as they are; a dataset takes finished ones only.
 
     With --format all samples make one batch: groups are compared and counted over the whole file. They go to
     a file beside --out first, which is removed; few of them are in memory at a time. In Parquet, columns with
@@ -69,28 +91,49 @@ def export(
     """
     if at_version is not None and max_staleness is None:
         raise ConfigError("--at-version needs --max-staleness")
+    _check_target(out, dataset, partition_mb, trainer_name)
     trainer, options = _trainer(trainer_name, experts_per_token)
     stale: list[str] = []
+    chosen: dict[str, Any] = {
+        "max_staleness": max_staleness,
+        "at_version": at_version,
+        "on_stale": stale.append,
+    }
 
-    async def run() -> int:
+    async def run() -> str:
         source = open_store(store, readonly=True)
         try:
-            batches = stored_samples(
-                source,
-                session_ids,
-                max_staleness=max_staleness,
-                at_version=at_version,
-                on_stale=stale.append,
-            )
+            if out is None:
+                size = PARTITION_MB if partition_mb is None else partition_mb
+                return _added(
+                    await export_dataset(source, str(dataset), session_ids, partition_mb=size, **chosen)
+                )
+            batches = stored_samples(source, session_ids, **chosen)
             if trainer is None and out.suffix != ".jsonl":
-                return await write_parquet(out, batches)
-            return await _write_rows(out, batches, trainer, options)
+                return f"{await write_parquet(out, batches)} samples in {out}"
+            return f"{await _write_rows(out, batches, trainer, options)} samples in {out}"
         finally:
             await source.aclose()
 
-    num_rows = uvloop.run(run())
+    said = uvloop.run(run())
     left_out = f", {len(stale)} sessions left out: too stale" if stale else ""
-    click.echo(f"{num_rows} samples in {out}{left_out}")
+    click.echo(f"{said}{left_out}")
+
+
+def _check_target(
+    out: Path | None, dataset: str | None, partition_mb: int | None, trainer_name: str | None
+) -> None:
+    if (out is None) == (dataset is None):
+        raise ConfigError("say where to: either --out FILE or --dataset URI")
+    if dataset is None and partition_mb is not None:
+        raise ConfigError("--partition-mb needs --dataset")
+    if dataset is not None and trainer_name is not None:
+        raise ConfigError("--format needs --out: a trainer's rows are of one batch, a dataset grows")
+
+
+def _added(new: Sequence[Partition]) -> str:
+    num_sessions, num_rows = sum(p.sessions for p in new), sum(p.rows for p in new)
+    return f"{num_rows} samples of {num_sessions} sessions added in {len(new)} partitions"
 
 
 def _trainer(name: str | None, experts_per_token: int | None) -> tuple[Trainer | None, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Samples in every shape: Arrow, Parquet, JSON (`samples`), and as each trainer takes them (`trainers`)."""
 
+from tokentape.export.dataset import export_dataset, read_dataset, read_manifest
 from tokentape.export.files import FileSamples, read_exported, write_rows
 from tokentape.export.row import Row, read_rows
 from tokentape.export.samples import samples, stored_samples, to_arrow_stream, to_json_rows, write_parquet
@@ -10,7 +11,10 @@ __all__ = [
     "FileSamples",
     "Row",
     "Trainer",
+    "export_dataset",
+    "read_dataset",
     "read_exported",
+    "read_manifest",
     "read_rows",
     "samples",
     "stored_samples",

@@ -16,6 +16,7 @@ import msgspec
 import pyarrow.parquet as pq
 
 from tokentape.errors import ConfigError
+from tokentape.export.upgrade import upgrade
 from tokentape.types import Json
 
 Row: TypeAlias = Mapping[str, Any]
@@ -176,14 +177,24 @@ def sessions_in(path: str | Path) -> Counter[str]:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The samples of a Parquet file, a few in memory at a time.
+    """The samples of a Parquet file, a few in memory at a time; an older tokentape's as today's (`upgrade`).
 
     Raises:
-        ConfigError: it is no Parquet file, is damaged, or is not one of samples.
+        ConfigError: it is no Parquet file, is damaged, is not one of samples, or a newer tokentape wrote it.
     """
     with _opened(path) as file:
-        for batch in file.iter_batches(batch_size=_ROWS):  # others write row groups of any size
-            yield from batch.to_pylist()
+        yield from rows_of(str(path), file)
+
+
+def rows_of(name: str, file: Any) -> Iterator[Row]:
+    """The samples of an open `pyarrow.parquet.ParquetFile`, as `read_rows`; `name` is for errors.
+
+    Raises:
+        ConfigError: an older version's cannot be read as today's, or a newer tokentape wrote them.
+    """
+    upgraded = upgrade(name, file.schema_arrow)
+    for batch in file.iter_batches(batch_size=_ROWS):  # others write row groups of any size
+        yield from map(upgraded, batch.to_pylist())
 
 
 @contextlib.contextmanager

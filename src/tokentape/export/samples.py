@@ -2,7 +2,7 @@
 
 import contextlib
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,30 +51,42 @@ async def stored_samples(
     store: Store,
     session_ids: Sequence[str] = (),
     *,
+    finished: bool = False,
+    without: Container[str] = (),
     max_staleness: int | None = None,
     at_version: str | None = None,
     on_stale: Callable[[str], None] = lambda _: None,
 ) -> AsyncGenerator[pa.RecordBatch]:
     """The samples of these sessions, or of all in the store; one session is in memory at a time.
 
+    `finished`: only of sessions that no longer change. Those `without` are left out.
     With `max_staleness` a session is left out whole, and `on_stale` is told its id, where weights that
     sampled in it are more than so many versions older than `at_version` (None: the newest in the store).
 
     Raises:
-        ConfigError: the store has no such session, or no such version.
+        ConfigError: the store has no such session, or no such version; it is to be finished, and is not.
     """
     after = ""
     fresh = (
         frozenset[str]() if max_staleness is None else await _fresh_versions(store, max_staleness, at_version)
     )
     while True:
+        state = "finished" if finished else None
         ids = session_ids or [
-            record.session_id for record in await store.list_sessions(state=None, after=after, limit=200)
+            record.session_id for record in await store.list_sessions(state=state, after=after, limit=200)
         ]
         for session_id in ids:
+            if session_id in without:
+                continue
             stored = await store.load(session_id)
+            if stored is None and not session_ids:
+                continue  # a gateway beside us has deleted it
             if stored is None:
                 raise ConfigError(f"session {session_id}: the store has no such session")
+            if finished and stored.record.state != "finished":
+                raise ConfigError(
+                    f"session {session_id} is {stored.record.state}: only finished ones are final"
+                )
             sampled_by = {span.version for turn in stored.turns for span in turn.versions}
             if max_staleness is not None and not sampled_by <= fresh:
                 on_stale(session_id)
