@@ -28,11 +28,12 @@ class ModelSizes:
     eos_ids: frozenset[int] = frozenset()
 
 
-def model_directory(name: str) -> Path:
+def model_directory(name: str, *, download: bool = True) -> Path:
     """The directory of a model: itself, or the tokenizer files of a hub id, downloaded once.
 
     Raises:
-        ConfigError: neither a directory nor a hub id that can be had.
+        ConfigError: neither a directory nor a hub id that can be had; without `download`, one that is not
+            here yet.
     """
     path = Path(name)
     if path.is_dir():
@@ -40,7 +41,7 @@ def model_directory(name: str) -> Path:
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ConfigError(f"--model {name}: no such directory (and not a hub id like Qwen/Qwen3-8B)")
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=not download))
     except (OSError, ValueError, HFValidationError) as error:
         raise ConfigError(
             f"--model {name}: no such directory, and the hub does not give it: {error}"
