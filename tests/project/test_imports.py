@@ -40,9 +40,10 @@ LAYERS: dict[str, set[str]] = {
     "stores": {*CORE, "postgres", "store"},
     "export": {*CORE, "export", "tape", "tree", "schema", "store"},
     "verify": {*CORE, "engines.sglang_score", "export", "invariants", "tape", "tokenizer", "verify"},
-    "report": {*CORE, "export", "report", "schema", "tape", "tokenizer", "verify"},
+    "shown": set(),
+    "report": {*CORE, "export", "report", "schema", "shown", "tape", "tokenizer", "verify"},
     "doctor": {
-        *TEXT, "audit", "doctor", "engines", "formats", "model", "postgres", "render", "schema",
+        *TEXT, "audit", "doctor", "engines", "formats", "model", "postgres", "render", "schema", "shown",
     },
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},

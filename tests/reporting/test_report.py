@@ -28,7 +28,7 @@ from tokentape.report import Report, report
 from tokentape.report.links import checked_viewer, sample_link
 from tokentape.report.page import POLICY, page
 from tokentape.report.spread import OTHERS, Names, Spread
-from tokentape.report.text import shown
+from tokentape.shown import shown
 from tokentape.schema import SAMPLES
 from tokentape.testing import byte_level_tokenizer, write_model_dir
 from tokentape.tokenizer import Tokenizer

@@ -7,7 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tokentape.doctor.checks import Check, Status
+from tokentape.shown import shown
 
+_MOST = 600  # characters
 _STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.WRONG: "bold red"}
 
 
@@ -19,15 +21,15 @@ def table(checks: Sequence[Check]) -> RenderableType:
 def _parts(checks: Sequence[Check]) -> Iterator[RenderableType]:
     for area in dict.fromkeys(check.area for check in checks):
         rows = Table(
-            title=Text(area), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+            title=Text(shown(area)), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
         )
         rows.add_column(no_wrap=True)
         rows.add_column(style="bold", no_wrap=True)
         rows.add_column()
         for check in (check for check in checks if check.area == area):
-            words = Text(check.found)
+            words = Text(shown(check.found, _MOST))
             if check.advice is not None:
-                words.append(f"\n→ {check.advice}", style=_STYLES[check.status])
+                words.append(f"\n→ {shown(check.advice, _MOST)}", style=_STYLES[check.status])
             rows.add_row(Text(check.status.value, style=_STYLES[check.status]), check.name, words)
         yield rows
         yield Text()

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokentape.doctor.checks import Check, Checks, size, one_line
+from tokentape.doctor.checks import Check, Checks, one_line, size
 from tokentape.schema import SCHEMA_VERSION
 
 _ENOUGH_BYTES = 2**30

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from tokentape.report.figures import Distribution, Odd, Oddity
 from tokentape.report.links import sample_link
 from tokentape.report.read import Measured
-from tokentape.report.text import shown
+from tokentape.shown import shown
 
 MOST = 10
 _ENOUGH = 8  # fewer numbers say nothing of what is usual

@@ -8,7 +8,7 @@ from importlib.resources import files
 from tokentape.report.charts import number
 from tokentape.report.figures import Report
 from tokentape.report.sections import SECTIONS
-from tokentape.report.text import shown
+from tokentape.shown import shown
 
 _STYLE = files("tokentape.report").joinpath("style.css").read_text(encoding="utf-8")
 _DIGEST = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()

@@ -7,7 +7,7 @@ from html import escape
 from tokentape.report.charts import between, bin_name, histogram, number, several, share_bar, stack
 from tokentape.report.figures import Distribution, Mismatch, Odd, Report
 from tokentape.report.spread import OTHERS
-from tokentape.report.text import shown
+from tokentape.shown import shown
 
 _SHOWN = 12  # names in a table; the others are counted together
 _PROBLEMS = 5

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from tokentape.report.charts import number, several
 from tokentape.report.figures import Distribution, Report
-from tokentape.report.text import shown
+from tokentape.shown import shown
 
 _ODD = 3
 _NAMES = 4
