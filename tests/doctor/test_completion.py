@@ -23,7 +23,8 @@ def completed(tmp_path: Path, *words: str) -> list[str]:
     """What bash offers for the last of the words."""
     program = tmp_path / "bin" / "tokentape"
     program.parent.mkdir(exist_ok=True)
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tokentape "$@"\n')
+    run = "from tokentape.cli import main; main(prog_name='tokentape')"  # as what pip installs does
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{run}" "$@"\n')
     program.chmod(0o755)
     listed = " ".join(f"'{word}'" for word in ("tokentape", *words))
     done = subprocess.run(

@@ -28,8 +28,8 @@ from tokentape.report import Report, report
 from tokentape.report.links import checked_viewer, sample_link
 from tokentape.report.page import POLICY, page
 from tokentape.report.spread import OTHERS, Names, Spread
-from tokentape.shown import shown
 from tokentape.schema import SAMPLES
+from tokentape.shown import shown
 from tokentape.testing import byte_level_tokenizer, write_model_dir
 from tokentape.tokenizer import Tokenizer
 

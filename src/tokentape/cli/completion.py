@@ -12,13 +12,13 @@ _SHELLS = ("bash", "zsh", "fish")
 @click.argument("shell", type=click.Choice(_SHELLS))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    r"""Print what makes a shell complete commands, options and file names.
+    """Print what makes a shell complete commands, options and file names.
 
     \b
     bash   eval "$(tokentape completion bash)"            in ~/.bashrc
     zsh    eval "$(tokentape completion zsh)"             in ~/.zshrc
     fish   tokentape completion fish > ~/.config/fish/completions/tokentape.fish
-    """
+    """  # noqa: D301  # click's own mark: the lines stay as they are
     root = context.find_root()
     kind = get_completion_class(shell)
     if kind is None:
