@@ -91,7 +91,10 @@ def verify(
             info, dtype = await asking.info(), await asking.dtype()
             if info.differs:
                 each = ", ".join(f"{server}: {name}" for server, name in info.weight_versions.items())
-                raise ConfigError(f"{url} is a router whose servers have different weights: {each}")
+                raise ConfigError(
+                    f"{url} is a router whose servers have different weights: {each}; give "
+                    "the URL of the one to verify against"
+                )
             directory = model_directory(model_of(model, info.model))
             sizes = model_sizes(directory)
             tokenizer = Tokenizer(directory / "tokenizer.json", num_ids=sizes.vocab_size)

@@ -140,11 +140,15 @@ class SGLangEngine:
                 yield chunk
         except aiohttp.ClientConnectorError as error:
             completion.settled = True  # nothing was sent
-            raise errors.EngineUnavailable(f"no connection to {self._url}: {error}") from error
+            raise errors.EngineUnavailable(
+                f"no connection to {self._url}: {error}; is SGLang running there?"
+            ) from error
         except aiohttp.ConnectionTimeoutError as error:
             completion.settled = True
             limit = f"{self.config.connect_timeout_s:g} s (connect_timeout_s)"
-            raise errors.EngineUnavailable(f"no connection to {self._url} within {limit}") from error
+            raise errors.EngineUnavailable(
+                f"no connection to {self._url} within {limit}; is SGLang running there?"
+            ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise lost(f"connection to {self._url} lost: {_name(error)}", completion.num_tokens) from error
         finally:
@@ -402,7 +406,7 @@ class SGLangEngine:
         except TimeoutError as error:
             raise errors.EngineTimeout(f"{url}: no answer in time: {_name(error)}") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise errors.EngineUnavailable(f"{url}: {_name(error)}") from error
+            raise errors.EngineUnavailable(f"{url}: {_name(error)}; is SGLang running there?") from error
         if response.status in (404, 405):
             return None
         if response.status != 200:
@@ -410,7 +414,7 @@ class SGLangEngine:
         try:
             return msgspec.json.decode(body, type=answer)
         except msgspec.MsgspecError as error:
-            raise errors.EngineProtocolError(f"{url}: {error}") from error
+            raise errors.EngineProtocolError(f"{url}: {error}; is it the URL of SGLang itself?") from error
 
 
 class _Patience:
