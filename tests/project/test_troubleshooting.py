@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: every error has a line that is true, and every message in it is one that is said."""
+"""docs/troubleshooting.md: every error has a line that is true, every message in it is one that is said."""
 
 import ast
 import inspect

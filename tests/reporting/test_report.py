@@ -134,7 +134,8 @@ def test_staleness(tmp_path: Path) -> None:
     ]
     assert stale.num_mixed == 1
     assert stale.mean_age == pytest.approx((2 * 15 + 5) / 25)
-    assert (stale.ages.count, stale.ages.largest, stale.spans.largest) == (3, 2, 1)
+    assert {b.low: b.count for b in stale.ages.bins} == {0: 1, 2: 2}  # of the oldest token
+    assert {b.low: b.count for b in stale.spans.bins} == {0: 2, 1: 1}
     named = [sample("a", versions=("warm",)), sample("b", versions=("cold", "warm"))]
     stale = report(write(tmp_path / "g.parquet", named)).staleness
     assert [v.version for v in stale.versions] == ["warm", "cold"]  # as they come
@@ -176,6 +177,14 @@ def test_what_most_samples_have_is_not_odd(tmp_path: Path) -> None:
     assert report(write(tmp_path / "f.parquet", rows)).odd == ()
     rows = [sample(f"s{n}", truncated=n < 5, reward=None) for n in range(10)]
     assert len(report(write(tmp_path / "f.parquet", rows)).odd) == 5
+
+
+def test_of_those_that_are_alike_the_farthest_out_are_told(tmp_path: Path) -> None:
+    usual = [sample(f"u{n:02}") for n in range(50)]
+    long = [sample(f"l{n:02}", prompt=500 + 7 * n % 15) for n in range(15)]
+    found = report(write(tmp_path / "f.parquet", [*usual, *long]))
+    lengths = sorted((len(row["token_ids"]) for row in long), reverse=True)
+    assert sorted((one.num_tokens for one in found.odd), reverse=True) == lengths[:10]
 
 
 def test_order_of_rows_does_not_matter(rows: list[Json], found: Report, tmp_path: Path) -> None:
