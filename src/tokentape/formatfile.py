@@ -38,7 +38,7 @@ def read_formats(path: Path) -> tuple[Format, ...]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tables, list) or not tables:
-        raise ConfigError(f"{path} has no [[format]] table")
+        raise ConfigError(f"{path} has no [[format]] table: see docs/formats.md")
     return tuple(_row(table, f"{path}: format {n}") for n, table in enumerate(cast("list[Any]", tables), 1))
 
 

@@ -322,12 +322,14 @@ class Recorder:
     def check_open(self) -> None:
         """Raise `SessionClosed` where the recorder is closed."""
         if self._closed:
-            raise SessionClosed("the recorder is closed")
+            raise SessionClosed("the recorder is closed: use it inside its `async with`")
 
     async def aclose(self) -> None:
         """Take no more turns, stop those that are being sampled, and wait until that is recorded."""
         self._closed = True
-        await self.gateway.sessions.end_all(SessionClosed("the recorder is closed"))
+        await self.gateway.sessions.end_all(
+            SessionClosed("the recorder is closed: use it inside its `async with`")
+        )
 
 
 @contextlib.asynccontextmanager

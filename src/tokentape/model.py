@@ -28,11 +28,12 @@ class ModelSizes:
     eos_ids: frozenset[int] = frozenset()
 
 
-def model_directory(name: str) -> Path:
+def model_directory(name: str, *, download: bool = True) -> Path:
     """The directory of a model: itself, or the tokenizer files of a hub id, downloaded once.
 
     Raises:
-        ConfigError: neither a directory nor a hub id that can be had.
+        ConfigError: neither a directory nor a hub id that can be had; without `download`, one that is not
+            here yet.
     """
     path = Path(name)
     if path.is_dir():
@@ -40,10 +41,11 @@ def model_directory(name: str) -> Path:
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ConfigError(f"--model {name}: no such directory (and not a hub id like Qwen/Qwen3-8B)")
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=not download))
     except (OSError, ValueError, HFValidationError) as error:
         raise ConfigError(
-            f"--model {name}: no such directory, and the hub does not give it: {error}"
+            f"--model {name}: no such directory, and the hub does not give it: {error}; correct the name, or "
+            "copy the model's files here"
         ) from error
 
 
@@ -60,7 +62,10 @@ def model_sizes(directory: Path) -> ModelSizes:
         eos: int | list[int] | None = source.get("eos_token_id")
         listed = [eos] if isinstance(eos, int) else eos or []
         if not isinstance(listed, list) or not all(isinstance(each, int) for each in listed):  # pyright: ignore[reportUnnecessaryIsInstance]  # of a file
-            raise ConfigError(f"{directory}: eos_token_id is {eos!r}, not an id or a list of ids")
+            raise ConfigError(
+                f"{directory}: eos_token_id is {eos!r}, not an id or a list of ids; "
+                "correct it in config.json or generation_config.json"
+            )
         eos_ids.update(listed)
     return ModelSizes(text.get("vocab_size"), text.get("max_position_embeddings"), frozenset(eos_ids))
 
@@ -71,4 +76,6 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+        raise ConfigError(
+            f"{path} is not JSON: {error}; copy it from the model's repository again"
+        ) from error

@@ -132,7 +132,9 @@ async def migrate(connection: Connection, tokenizer: str | None, *, readonly: bo
             )
         [there] = await (await connection.execute("SELECT to_regclass('tokentape') AS name")).fetchall()
         if there["name"] is None:
-            raise ConfigError("there is no tokentape store in this database")
+            raise ConfigError(
+                "there is no tokentape store in this database: is it the one that a gateway writes?"
+            )
         rows = await (await connection.execute("SELECT name, value FROM tokentape")).fetchall()
         known = {row["name"]: row["value"] for row in rows}
         version = int(known.get("schema", "0"))

@@ -445,7 +445,7 @@ def lock_store(path: str) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise ConfigError(f"--store {path} is in use by another gateway") from None
+        raise ConfigError(f"--store {path} is in use by another gateway: stop it, or name another") from None
     return file
 
 

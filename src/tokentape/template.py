@@ -46,7 +46,7 @@ class ChatTemplate:
             self._tool_template = environment.from_string(source if tool_source is None else tool_source)
             tree = environment.parse(self.source)
         except jinja2.TemplateError as error:
-            raise ConfigError(f"the chat template does not compile: {error}") from error
+            raise ConfigError(f"the chat template does not compile: {error}; take the model's own") from error
         self.special_tokens = dict(special_tokens)
         self.literal_text = _literal_text(tree)
         self.content_tests = _content_tests(tree)
@@ -304,7 +304,9 @@ def _read_sources(directory: Path, config_path: Path, config: Json) -> tuple[Pat
             tool_source = more.read_text(encoding="utf-8") if more.exists() else None
             return path, path.read_text(encoding="utf-8"), tool_source
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+            raise ConfigError(
+                f"{path} is not UTF-8 text: {error}; copy it from the model's repository again"
+            ) from error
     source: Any = config.get("chat_template")
     path = config_path
     if source is None and (directory / "chat_template.json").exists():
@@ -324,9 +326,11 @@ def _read_json(path: Path) -> Json:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+        raise ConfigError(
+            f"{path} is not JSON: {error}; copy it from the model's repository again"
+        ) from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object")
+        raise ConfigError(f"{path} is not a JSON object; copy it from the model's repository again")
     return cast("Json", value)
 
 

@@ -100,7 +100,10 @@ class Tokenizer:
                 f"{path} is missing: --model needs a directory with the model's tokenizer.json"
             ) from None
         except Exception as error:  # `tokenizers` raises bare Exception
-            raise ConfigError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from error
+            raise ConfigError(
+                f"{path} is not a tokenizer that `tokenizers` can read: {error}; copy it from "
+                "the model's repository again"
+            ) from error
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         spec: dict[str, Any] = json.loads(text)
         self._reference.no_truncation()

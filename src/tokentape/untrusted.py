@@ -57,7 +57,8 @@ def mark_untrusted(
     mark = next((c for c in _NONCHARACTERS if c not in used), None)
     if mark is None:
         raise RequestError(
-            "the messages contain all 32 Unicode noncharacters U+FDD0 to U+FDEF", param="messages"
+            "the messages contain all 32 Unicode noncharacters U+FDD0 to U+FDEF: take one out",
+            param="messages",
         )
 
     def marked(source: Json, *, assistant: bool) -> Json:

@@ -40,6 +40,11 @@ LAYERS: dict[str, set[str]] = {
     "stores": {*CORE, "postgres", "store"},
     "export": {*CORE, "export", "tape", "tree", "schema", "store"},
     "verify": {*CORE, "engines.sglang_score", "export", "invariants", "tape", "tokenizer", "verify"},
+    "shown": set(),
+    "report": {*CORE, "export", "report", "schema", "shown", "tape", "tokenizer", "verify"},
+    "doctor": {
+        *TEXT, "audit", "doctor", "engines", "formats", "model", "postgres", "render", "schema", "shown",
+    },
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
@@ -49,8 +54,8 @@ LAYERS: dict[str, set[str]] = {
     "scale": {*CORE, "engines.server", "gateway", "scale", "store", "stores"},
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
-        *CORE, "audit", "cli", "demo", "engines", "export", "formatfile", "formats", "gateway", "model",
-        "scale", "stores", "tokenizer", "verify", "volatile", "",
+        *CORE, "audit", "cli", "demo", "doctor", "engines", "export", "formatfile", "formats", "gateway",
+        "model", "report", "scale", "stores", "tokenizer", "verify", "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {
@@ -83,12 +88,12 @@ ONLY: dict[str, tuple[str, ...]] = {
     "openai": ("demo", "clients", "inprocess"),
     "anthropic": ("clients", "inprocess"),
     "httpx2": ("clients",),
-    "sqlite3": ("store",),
-    "psycopg": ("postgres", "postgres_sql"),
+    "sqlite3": ("store", "doctor.sqlite"),
+    "psycopg": ("postgres", "postgres_sql", "doctor.postgres"),
     "psycopg_pool": ("postgres",),
     "jinja2": ("template",),
-    "pyarrow": ("schema", "export", "cli", "demo", "rollout"),
-    "rich": ("audit.show", "verify.show", "cli", "demo", "rollout.progress"),
+    "pyarrow": ("schema", "export", "report", "cli", "demo", "rollout"),
+    "rich": ("audit.show", "verify.show", "report.show", "doctor.show", "cli", "demo", "rollout.progress"),
     "click": ("cli",),
 }
 PURE = (

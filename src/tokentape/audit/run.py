@@ -57,7 +57,7 @@ def audit(
     given = dict(arguments or {})
     for name in given:
         if name in RESERVED:
-            raise ConfigError(f"template argument {name}: the gateway sets it itself")
+            raise ConfigError(f"template argument {name}: the gateway sets it itself; leave it out")
     sizes = model_sizes(directory)
     renderer = Renderer.from_dir(directory, history=history, num_ids=sizes.vocab_size)
     detected = detect(renderer.template, tool_format, reasoning_format, formats=(*formats, *FORMATS))
@@ -66,7 +66,10 @@ def audit(
         raise ConfigError(f"template argument {name!r}: the chat template does not read it; it reads {known}")
     eos_ids = sizes.eos_ids | renderer.eos_ids
     if any(not 0 <= eos < max(renderer.tokenizer.vocab_size, sizes.vocab_size or 0) for eos in eos_ids):
-        raise ConfigError(f"{directory}: an eos_token_id is no id of the tokenizer: {sorted(eos_ids)}")
+        raise ConfigError(
+            f"{directory}: an eos_token_id is no id of the tokenizer: {sorted(eos_ids)}; "
+            "correct generation_config.json, or take tokenizer.json of the same model"
+        )
     auditor = _Auditor(renderer, detected, eos_ids, history)
     judge = auditor.judge(given)
     cases = judge.results()

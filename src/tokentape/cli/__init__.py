@@ -9,8 +9,11 @@ import click
 
 from tokentape import __version__
 from tokentape.cli.audit import audit
+from tokentape.cli.completion import completion
 from tokentape.cli.demo import demo
+from tokentape.cli.doctor import doctor
 from tokentape.cli.export import export
+from tokentape.cli.report import report
 from tokentape.cli.serve import engine, serve
 from tokentape.cli.top import top
 from tokentape.cli.verify import verify
@@ -45,5 +48,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, serve, engine, top, export, verify, audit):
+for _command in (demo, serve, engine, top, export, verify, report, audit, doctor, completion):
     main.add_command(_command)

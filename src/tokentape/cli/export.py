@@ -90,7 +90,7 @@ def export(
     objects are JSON text; `tokentape.export.read_exported` reads both kinds of file.
     """
     if at_version is not None and max_staleness is None:
-        raise ConfigError("--at-version needs --max-staleness")
+        raise ConfigError("--at-version needs --max-staleness: give both, or neither")
     _check_target(out, dataset, partition_mb, trainer_name)
     trainer, options = _trainer(trainer_name, experts_per_token)
     stale: list[str] = []
@@ -126,7 +126,7 @@ def _check_target(
     if (out is None) == (dataset is None):
         raise ConfigError("say where to: either --out FILE or --dataset URI")
     if dataset is None and partition_mb is not None:
-        raise ConfigError("--partition-mb needs --dataset")
+        raise ConfigError("--partition-mb needs --dataset: one file has no partitions, leave it out")
     if dataset is not None and trainer_name is not None:
         raise ConfigError("--format needs --out: a trainer's rows are of one batch, a dataset grows")
 

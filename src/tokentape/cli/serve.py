@@ -303,7 +303,7 @@ def serve(
     if is_shared(store) and workers > 1:
         raise ConfigError("--workers shares a file: on a postgresql:// store start as many gateways instead")
     if "none" in volatile and len(volatile) > 1:
-        raise ConfigError("--volatile none goes with no other --volatile")
+        raise ConfigError("--volatile none goes with no other --volatile: give it alone, or leave it out")
     config = ServiceConfig(
         model=model,
         engine=SGLangConfig(

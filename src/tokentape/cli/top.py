@@ -83,11 +83,16 @@ async def _ask(client: aiohttp.ClientSession, url: str) -> Snapshot:
         async with client.get(f"{url}/metrics") as response:
             text = await response.text()
             if response.status != 200:
-                raise ConfigError(f"{url}/metrics answered {response.status}: {text[:200]}")
+                raise ConfigError(
+                    f"{url}/metrics answered {response.status}: {text[:200]}; are "
+                    "the gateway's URL and --api-key right?"
+                )
         async with client.get(f"{url}/workers") as response:
             workers: list[Json] = (await response.json())["workers"] if response.status == 200 else []
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        raise ConfigError(f"no gateway answers at {url}: {error}") from error
+        raise ConfigError(
+            f"no gateway answers at {url}: {error}; is `tokentape serve` running there?"
+        ) from error
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)

@@ -20,9 +20,11 @@ from tokentape.verify import Report
 from tokentape.verify import verify as verify_file
 from tokentape.verify.show import check_can_draw, draw_histogram, tables
 
-_FLOAT32 = (1e-3, 0.0)
-# Half precision: a decode and a prefill of the same ids differ by 0.02 to 0.05 in the mean.
-_OTHERS = (0.3, 0.01)
+TOLERANCES = {"float32": (1e-3, 0.0), "other": (0.3, 0.01)}
+"""Nats that a token may be off, and the share that may be more, by the engine's type.
+
+Half precision: a decode and a prefill of the same ids differ by 0.02 to 0.05 in the mean.
+"""
 
 
 @click.command()
@@ -89,8 +91,11 @@ def verify(
             info, dtype = await asking.info(), await asking.dtype()
             if info.differs:
                 each = ", ".join(f"{server}: {name}" for server, name in info.weight_versions.items())
-                raise ConfigError(f"{url} is a router whose servers have different weights: {each}")
-            directory = model_directory(_model(model, info.model))
+                raise ConfigError(
+                    f"{url} is a router whose servers have different weights: {each}; give "
+                    "the URL of the one to verify against"
+                )
+            directory = model_directory(model_of(model, info.model))
             sizes = model_sizes(directory)
             tokenizer = Tokenizer(directory / "tokenizer.json", num_ids=sizes.vocab_size)
             vocab_size = sizes.vocab_size or tokenizer.vocab_size
@@ -99,7 +104,7 @@ def verify(
                     SGLangEngine(SGLangConfig(url, api_key=engine_api_key), vocab_size=vocab_size)
                 )
             )
-            usual = _FLOAT32 if dtype == "float32" else _OTHERS
+            usual = TOLERANCES["float32" if dtype == "float32" else "other"]
             columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
             task = progress.add_task("", total=total)
@@ -127,7 +132,8 @@ def verify(
         sys.exit(1)
 
 
-def _model(asked: str | None, served: str | None) -> str:
+def model_of(asked: str | None, served: str | None) -> str:
+    """The model asked for, else what the engine serves, if it is a directory here; raises `ConfigError`."""
     if asked is not None:
         return asked
     if served is not None and Path(served).is_dir():

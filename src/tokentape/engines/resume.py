@@ -110,7 +110,10 @@ class ResumingEngine:
         if self.paused:
             return
         if stalls >= MAX_STALLS:
-            raise EngineAborted(f"the engine aborted the generation {stalls} times before it sampled a token")
+            raise EngineAborted(
+                f"the engine aborted the generation {stalls} times before it sampled a token: "
+                "is somebody pausing or updating it? Send the request again"
+            )
         if stalls:
             await asyncio.sleep(_STALL_S * 2**stalls)
 

@@ -140,11 +140,15 @@ class SGLangEngine:
                 yield chunk
         except aiohttp.ClientConnectorError as error:
             completion.settled = True  # nothing was sent
-            raise errors.EngineUnavailable(f"no connection to {self._url}: {error}") from error
+            raise errors.EngineUnavailable(
+                f"no connection to {self._url}: {error}; is SGLang running there?"
+            ) from error
         except aiohttp.ConnectionTimeoutError as error:
             completion.settled = True
             limit = f"{self.config.connect_timeout_s:g} s (connect_timeout_s)"
-            raise errors.EngineUnavailable(f"no connection to {self._url} within {limit}") from error
+            raise errors.EngineUnavailable(
+                f"no connection to {self._url} within {limit}; is SGLang running there?"
+            ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise lost(f"connection to {self._url} lost: {_name(error)}", completion.num_tokens) from error
         finally:
@@ -231,11 +235,31 @@ class SGLangEngine:
         Raises:
             EngineError: as `info`.
         """
+        about = await self.about()
+        return about.dtype if about is not None and about.dtype not in (None, "auto") else None
+
+    async def about(self) -> sglang_info.ServerInfo | None:
+        """What the server, or a router's first one, says of how it was started; None where it does not.
+
+        Raises:
+            EngineError: as `info`.
+        """
         server = next(iter(await self._servers()), self._url)
         about = await self._get("/server_info", sglang_info.ServerInfo, server)
         if about is None:  # the older name
             about = await self._get("/get_server_info", sglang_info.ServerInfo, server)
-        return about.dtype if about is not None and about.dtype not in (None, "auto") else None
+        return about
+
+    async def tokenize(self, text: str) -> list[int] | None:
+        """The ids that the engine's own tokenizer makes of a text; None where it does not say.
+
+        Raises:
+            EngineError: as `info`.
+        """
+        server = next(iter(await self._servers()), self._url)
+        body = msgspec.json.encode({"prompt": text})
+        said = await self._get("/tokenize", sglang_info.Tokenized, server, body)
+        return None if said is None else said.tokens
 
     async def ill(self, timeout_s: float) -> str | None:
         """What is wrong with the server, None where it answers `/health` in time. Nothing is generated."""
@@ -368,17 +392,21 @@ class SGLangEngine:
                 return tuple(worker.url.rstrip("/") for worker in listing.workers)
         return (self._url,)
 
-    async def _get(self, path: str, answer: type[_T], server: str | None = None) -> _T | None:
-        """The decoded answer to a GET; None where the server lacks the route."""
-        url = (server or self._url) + path
+    async def _get(
+        self, path: str, answer: type[_T], server: str | None = None, body_of_post: bytes | None = None
+    ) -> _T | None:
+        """The decoded answer to a GET, or to a POST with a body; None where the server lacks the route."""
+        url, method = (server or self._url) + path, "GET" if body_of_post is None else "POST"
         try:
             async with asyncio.timeout(self.config.control_timeout_s):
-                async with self._session().get(url, allow_redirects=False) as response:
+                async with self._session().request(
+                    method, url, data=body_of_post, allow_redirects=False
+                ) as response:
                     body = await response.read()
         except TimeoutError as error:
             raise errors.EngineTimeout(f"{url}: no answer in time: {_name(error)}") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise errors.EngineUnavailable(f"{url}: {_name(error)}") from error
+            raise errors.EngineUnavailable(f"{url}: {_name(error)}; is SGLang running there?") from error
         if response.status in (404, 405):
             return None
         if response.status != 200:
@@ -386,7 +414,7 @@ class SGLangEngine:
         try:
             return msgspec.json.decode(body, type=answer)
         except msgspec.MsgspecError as error:
-            raise errors.EngineProtocolError(f"{url}: {error}") from error
+            raise errors.EngineProtocolError(f"{url}: {error}; is it the URL of SGLang itself?") from error
 
 
 class _Patience:

@@ -50,8 +50,15 @@ class Models(msgspec.Struct):
 class ServerInfo(msgspec.Struct):
     """The answer of `/get_server_info`; the length is null unless set on the command line.
 
-    `dtype` is the embedded engine's own word, or what SGLang was told ("auto").
+    `dtype` is the embedded engine's own word, or what SGLang was told ("auto"). `version` is the server's.
     """
 
     context_length: int | None = None
     dtype: str | None = None
+    version: str | None = None
+
+
+class Tokenized(msgspec.Struct):
+    """The answer of `/tokenize`: a text's ids, special tokens of the tokenizer's own included."""
+
+    tokens: list[int]

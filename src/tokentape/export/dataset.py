@@ -128,7 +128,7 @@ def read_dataset(uri: str | Path, filesystem: pfs.FileSystem | None = None) -> I
     folder = Folder(uri, filesystem)
     files = _partition_files(folder)
     if not files:
-        raise ConfigError(f"{folder.name} holds no dataset: there is no partition")
+        raise ConfigError(f"{folder.name} holds no dataset: there is no partition; export into it first")
     for file in files:
         with _opened(folder, file) as parquet:
             yield from rows_of(folder.path_of(file), parquet)

@@ -189,7 +189,9 @@ class Folder:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise ConfigError(f"{self.name} is being written by another process") from None
+                    raise ConfigError(
+                        f"{self.name} is being written by another process; wait for its end"
+                    ) from None
                 for left in root.glob(f".*{_PARTIAL}"):  # by one that was killed
                     left.unlink()
             yield

@@ -38,6 +38,7 @@ class Split:
 
 
 _ROWS = 64
+_AGAIN = "; export it again, and let `tokentape verify` say what else is wrong"
 _EXPERT_CODES: Mapping[str, str] = {"uint8": "B", "uint16": "H", "int32": "i"}
 
 
@@ -52,16 +53,18 @@ def checked(row: Row) -> Row:
     """
     name, mask, logprobs = f"sample {row['sample_id']}", row["loss_mask"], row["logprobs"]
     if not len(row["token_ids"]) == len(mask) == len(logprobs):
-        raise ConfigError(f"{name}: token_ids, loss_mask and logprobs are not of one length")
+        raise ConfigError(f"{name}: token_ids, loss_mask and logprobs are not of one length{_AGAIN}")
     for at, (trained, logprob) in enumerate(zip(mask, logprobs, strict=True)):
         if trained not in (0, 1):
-            raise ConfigError(f"{name}: loss_mask[{at}] is {trained!r}, not 0 or 1")
+            raise ConfigError(f"{name}: loss_mask[{at}] is {trained!r}, not 0 or 1{_AGAIN}")
         if trained and (logprob is None or not math.isfinite(logprob)):
-            raise ConfigError(f"{name}: token {at} is trained, its log-probability is {logprob!r}")
+            raise ConfigError(f"{name}: token {at} is trained, its log-probability is {logprob!r}{_AGAIN}")
         if not trained and logprob is not None:
-            raise ConfigError(f"{name}: token {at} is not trained, but has a log-probability")
+            raise ConfigError(f"{name}: token {at} is not trained, but has a log-probability{_AGAIN}")
     if not 0 <= row["num_prompt_tokens"] <= len(mask) or any(mask[: row["num_prompt_tokens"]]):
-        raise ConfigError(f"{name}: num_prompt_tokens {row['num_prompt_tokens']} does not fit the mask")
+        raise ConfigError(
+            f"{name}: num_prompt_tokens {row['num_prompt_tokens']} does not fit the mask{_AGAIN}"
+        )
     if mask and mask[0]:
         raise ConfigError(f"{name}: its first token is trained, and no model predicts a first token")
     return row
@@ -203,7 +206,12 @@ def _opened(path: str | Path) -> Generator[Any]:
         with pq.ParquetFile(path) as file:
             for name in ("session_id", "token_ids"):
                 if name not in file.schema_arrow.names:
-                    raise ConfigError(f"{path} is not a Parquet file of samples: it has no column {name}")
+                    raise ConfigError(
+                        f"{path} is not a Parquet file of samples: it has no column {name}; "
+                        "`tokentape export` without --format writes one"
+                    )
             yield file
     except (OSError, ValueError) as error:  # pyarrow's own errors are both
-        raise ConfigError(f"{path} is not a Parquet file of samples: {error}") from error
+        raise ConfigError(
+            f"{path} is not a Parquet file of samples: {error}; `tokentape export` writes one"
+        ) from error

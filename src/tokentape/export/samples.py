@@ -82,7 +82,9 @@ async def stored_samples(
             if stored is None and not session_ids:
                 continue  # a gateway beside us has deleted it
             if stored is None:
-                raise ConfigError(f"session {session_id}: the store has no such session")
+                raise ConfigError(
+                    f"session {session_id}: the store has no such session; GET /sessions lists them"
+                )
             if finished and stored.record.state != "finished":
                 raise ConfigError(
                     f"session {session_id} is {stored.record.state}: only finished ones are final"

@@ -79,7 +79,7 @@ def generator_output(samples: Sequence[Row], *, experts_per_token: int | None = 
 
     made = list(rows(samples, experts_per_token=experts_per_token))
     if not made:
-        raise ConfigError("a GeneratorOutput needs a sample")
+        raise ConfigError("a GeneratorOutput needs a sample, there is none: were the sessions exported?")
     out: dict[str, Any] = {name: [row[name] for row in made] for name in made[0]}
     out["trajectory_ids"] = [TrajectoryID(**fields) for fields in out["trajectory_ids"]]
     absent = (
@@ -91,7 +91,10 @@ def generator_output(samples: Sequence[Row], *, experts_per_token: int | None = 
 
 def _check(samples: Sequence[Row], last_of: dict[str, int]) -> None:
     if len({sample["routed_experts"] is None for sample in samples}) > 1:
-        raise ConfigError("only some samples have routed experts: SkyRL would fill the others' with zeros")
+        raise ConfigError(
+            "only some samples have routed experts: SkyRL would fill the others' with zeros; "
+            "capture them for all, or set the column routed_experts to None"
+        )
     before: Row | None = None
     seen: set[str] = set()
     for index, sample in enumerate(samples):
@@ -102,7 +105,10 @@ def _check(samples: Sequence[Row], last_of: dict[str, int]) -> None:
             raise ConfigError(f"{name} has no response, SkyRL takes none without: leave it out")
         if before is None or before["session_id"] != session_id:
             if session_id in seen:
-                raise ConfigError(f"{name}: the samples of session {session_id} are not next to each other")
+                raise ConfigError(
+                    f"{name}: the samples of session {session_id} are not next to each other; "
+                    "sort them by session"
+                )
             seen.add(session_id)
         elif before["reward"] != sample["reward"]:
             raise ConfigError(

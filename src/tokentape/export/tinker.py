@@ -106,7 +106,10 @@ def _by_sample(samples: Sequence[Row], advantages: Mapping[str, float]) -> list[
             )
         value = advantages.get(full, advantages.get(name))
         if value is None or not math.isfinite(value):
-            raise ConfigError(f"sample {name} of session {sample['session_id']}: its advantage is {value!r}")
+            raise ConfigError(
+                f"sample {name} of session {sample['session_id']}: its advantage is {value!r}, "
+                "not a finite number"
+            )
         out.append(float(value))
     return out
 

@@ -99,4 +99,7 @@ def _chosen(name: str, episode: Sequence[Row], label: str | None) -> Row:
             f"{session} has {len(episode)} samples ({labels}), TRL takes one completion a prompt: choose "
             'one, with label="main" say, which leaves the others untrained'
         )
-    raise ConfigError(f"{session} has {len(found)} samples with label {label!r}, TRL takes one")
+    raise ConfigError(
+        f"{session} has {len(found)} samples with label {label!r}, TRL takes one; "
+        "choose another label, or leave the episode out"
+    )

@@ -148,15 +148,18 @@ def _extra(sample: Row) -> Json:
 
 def _check(samples: Sequence[Row], made: Sequence[Json], prompt_length: int, response_length: int) -> None:
     if not made:
-        raise ConfigError("a batch needs a sample")
+        raise ConfigError("a batch needs a sample, there is none: were the sessions exported?")
     if len({"routed_experts" in row for row in made}) > 1:
-        raise ConfigError("only some samples have routed experts: a batch takes them from all or from none")
+        raise ConfigError(
+            "only some samples have routed experts: a batch takes them from all or from none; "
+            "capture them for all, or set the column routed_experts to None"
+        )
     for sample, row in zip(samples, made, strict=True):
         for name, limit in (("prompt", prompt_length), ("response", response_length)):
             if len(row[f"{name}_ids"]) > limit:
                 raise ConfigError(
                     f"sample {sample['sample_id']}: its {name} has {len(row[f'{name}_ids'])} tokens, "
-                    f"{name}_length is {limit}"
+                    f"{name}_length is {limit}; raise it, or leave the sample out"
                 )
 
 

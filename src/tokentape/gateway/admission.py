@@ -60,7 +60,7 @@ class Deadline:
 
     def _error(self) -> TokentapeError:
         if self._is_sessions:
-            return LimitReached(f"session {self._session_id!r} has reached its deadline")
+            return LimitReached(f"session {self._session_id!r} has reached its deadline: finish it")
         return TurnTimeout(f"the turn was not sampled within {self._timeout_s:g} s (--turn-timeout)")
 
 
@@ -135,7 +135,8 @@ class Admission:
         """
         if self._num_bytes + num_bytes > self.limits.max_request_bytes and self._num_bytes:
             raise Overloaded(
-                f"the requests under way have {self._num_bytes} bytes, {num_bytes} more are too much",
+                f"the requests under way have {self._num_bytes} bytes, {num_bytes} more are too much "
+                "(--max-requests-mb): try again later",
                 retry_after_s=self._retry_after_s(),
             )
         self._num_bytes += num_bytes

@@ -197,7 +197,7 @@ class _Routes:
         try:
             limit = int(request.query.get("limit", "100"))
         except ValueError:
-            raise RequestError("`limit` must be a number", param="limit") from None
+            raise RequestError("`limit` must be a number from 1 to 1000", param="limit") from None
         if not 1 <= limit <= 1000:
             raise RequestError("`limit` must be from 1 to 1000", param="limit")
         state = request.query.get("state")

@@ -67,4 +67,6 @@ def _merged(old: Mapping[str, float], new: Mapping[str, float | None]) -> dict[s
 def check_metadata(metadata: Mapping[str, Any]) -> None:
     """Raise `RequestError` where it has a key of the gateway's own."""
     if "tokentape" in metadata:
-        raise RequestError("the metadata key `tokentape` is the gateway's own", param="metadata.tokentape")
+        raise RequestError(
+            "the metadata key `tokentape` is the gateway's own, use another", param="metadata.tokentape"
+        )

@@ -152,7 +152,9 @@ def read_fields(
 def check_ignored(ignored: Sequence[str], *, strict: bool) -> None:
     """Refuse what would be ignored, where `strict` says so."""
     if ignored and strict:
-        raise RequestError(f"`{ignored[0]}` has no effect here, and --strict refuses it", param=ignored[0])
+        raise RequestError(
+            f"`{ignored[0]}` has no effect here, and --strict refuses it: leave it out", param=ignored[0]
+        )
 
 
 def read_field(name: str, raw: Raw, type_: Any) -> Any:
@@ -216,7 +218,8 @@ def template_arguments(
     for name in given:
         if name in RESERVED:
             raise RequestError(
-                f"`chat_template_kwargs.{name}` is the gateway's own", param="chat_template_kwargs"
+                f"`chat_template_kwargs.{name}` is the gateway's own, leave it out",
+                param="chat_template_kwargs",
             )
     arguments = {**usual, **{name: value for _, wanted in asked for name, value in wanted.items()}, **given}
     return arguments, [

@@ -191,7 +191,7 @@ def _log_format(detected: Detected) -> None:
 def _check_arguments(arguments: Mapping[str, Any], variables: frozenset[str]) -> None:
     for name in arguments:
         if name in RESERVED:
-            raise ConfigError(f"--template-arg {name}: that is the gateway's own")
+            raise ConfigError(f"--template-arg {name}: that is the gateway's own, leave it out")
         if name not in variables:
             known = ", ".join(sorted(variables - RESERVED)) or "none"
             raise ConfigError(

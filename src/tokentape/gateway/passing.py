@@ -169,7 +169,9 @@ async def _asking(
         ) as answer:
             yield answer
     except (aiohttp.ClientConnectionError, TimeoutError) as error:
-        raise EngineUnavailable(f"a process of this gateway does not answer, {peer.url}: {error}") from error
+        raise EngineUnavailable(
+            f"a process of this gateway does not answer, {peer.url}: {error}; it is started again, try later"
+        ) from error
 
 
 async def _ask(request: web.Request, peer: Peer, more: Mapping[str, str]) -> tuple[int, bytes]:

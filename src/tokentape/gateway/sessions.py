@@ -102,7 +102,10 @@ class Session:
                 "it from the store again, and goes on with what is there"
             )
         if self.record.state != "open":
-            raise SessionClosed(f"session {self.session_id!r} is {self.record.state}: it takes no more turns")
+            raise SessionClosed(
+                f"session {self.session_id!r} is {self.record.state}: it takes no more turns; "
+                "create another with POST /sessions"
+            )
         if self.ending is not None:
             raise self.ending
 
@@ -128,7 +131,7 @@ class Session:
         """
         record = self.record
         if (left := self.seconds_left()) is not None and left <= 0:
-            raise LimitReached(f"session {self.session_id!r} has reached its deadline")
+            raise LimitReached(f"session {self.session_id!r} has reached its deadline: finish it")
         if record.max_turns is not None and len(self.tree) + num_turns > record.max_turns:
             used = f"has used {len(self.tree)} of its {record.max_turns} turns"
             raise LimitReached(f"session {self.session_id!r} {used}")
@@ -136,7 +139,9 @@ class Session:
             return None
         left = record.max_tokens - self.num_sampled_tokens
         if left <= 0:
-            raise LimitReached(f"session {self.session_id!r} has used its {record.max_tokens} sampled tokens")
+            raise LimitReached(
+                f"session {self.session_id!r} has used its {record.max_tokens} sampled tokens: finish it"
+            )
         return left
 
     def check_budget(self, num_tokens: int, num_turns: int) -> None:
@@ -264,7 +269,9 @@ class Sessions:
         )
         async with self._locked(session_id):
             if given and await self._find(session_id) is not None:
-                raise SessionExists(f"session {session_id!r} exists already", param="session_id")
+                raise SessionExists(
+                    f"session {session_id!r} exists already: use it, or take another id", param="session_id"
+                )
             await self._store.put_session(record)
             session = Session(record, Tree(self._content_tests, self._volatile))
             self._memory.use(session)
@@ -323,7 +330,9 @@ class Sessions:
 
     async def _finish(self, session: Session, credit: Credit) -> None:
         if session.record.state == "open":
-            await session.end(SessionClosed(f"session {session.session_id!r} is being finished"))
+            await session.end(
+                SessionClosed(f"session {session.session_id!r} is being finished: it takes no more turns")
+            )
         try:
             await self._finish_ended(session, credit)
         except TokentapeError:
@@ -340,11 +349,15 @@ class Sessions:
             if session.record.state == "finished":
                 if record.reward != session.record.reward:
                     raise SessionClosed(
-                        f"session {session.session_id!r} is finished with reward {session.record.reward}"
+                        f"session {session.session_id!r} is finished with reward {session.record.reward}: "
+                        "it keeps what it was finished with"
                     )
                 if record != session.record:
                     what = "metadata" if record.metadata != session.record.metadata else "rewards"
-                    raise SessionClosed(f"session {session.session_id!r} is finished with other {what}")
+                    raise SessionClosed(
+                        f"session {session.session_id!r} is finished with other {what}: "
+                        "it keeps what it was finished with"
+                    )
                 return
             await self._put_record(session, record)
             self._metrics.trained_tokens.inc(session.num_sampled_tokens)
@@ -360,7 +373,7 @@ class Sessions:
 
     async def _delete(self, session_id: str) -> None:
         session = await self.get(session_id)
-        await session.end(SessionClosed(f"session {session_id!r} is being deleted"))
+        await session.end(SessionClosed(f"session {session_id!r} is being deleted: it takes no more turns"))
         try:
             async with self._locked(session_id), session.commit_lock:
                 if session.record.state == "sealed":  # another copy may have been made

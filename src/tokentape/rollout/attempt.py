@@ -134,7 +134,7 @@ async def _within(settings: Settings, episode: Episode) -> object:
 async def _before(running: "asyncio.Future[Any]", deadline_s: float) -> object:
     await asyncio.wait({running}, timeout=deadline_s)
     if not running.done():
-        raise EpisodeTimeout(f"not over after {deadline_s:g} s")
+        raise EpisodeTimeout(f"not over after {deadline_s:g} s (deadline_s)")
     return running.result()
 
 

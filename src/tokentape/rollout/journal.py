@@ -39,7 +39,9 @@ class Journal:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._read(_Head(run, group_size))
             except BlockingIOError:
-                raise ConfigError(f"journal {path}: another driver is at work on it") from None
+                raise ConfigError(
+                    f"journal {path}: another driver is at work on it; stop it, or give another file"
+                ) from None
             except OSError as error:
                 raise ConfigError(f"journal {path}: {error}") from error
             self._opened = opened.pop_all()
@@ -63,7 +65,9 @@ class Journal:
                 )
             self.delivered = {msgspec.json.decode(line, type=_Line).delivered for line in rest}
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"journal {self._path}: not a journal of rollouts ({error})") from error
+            raise ConfigError(
+                f"journal {self._path}: not a journal of rollouts ({error}); give another file"
+            ) from error
 
     def mark(self, index: int) -> None:
         """Note that a group is delivered; on disk when it returns.

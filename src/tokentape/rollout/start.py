@@ -285,7 +285,7 @@ def rollouts(
 def _check(**positive: float) -> None:
     for name, value in positive.items():
         if not value > 0:
-            raise ConfigError(f"{name} is too small")
+            raise ConfigError(f"{name} is {value}: it must be more than 0")
 
 
 def _work(episode_fn: EpisodeFunction | Sequence[str]) -> EpisodeFunction | tuple[str, ...]:

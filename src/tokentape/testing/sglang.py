@@ -47,8 +47,9 @@ class FakeSGLang:
 
     `host` and `port` are where to listen, where that must be known before.
 
-    With a `tokenizer` it also fills in `text`. `incremental` makes streams send deltas, as the server flag
-    `--incremental-streaming-output` does. Set `weight_version` between requests to pretend a weight update.
+    With a `tokenizer` it also fills in `text`, and answers `/tokenize`. `incremental` makes streams send
+    deltas, as the server flag `--incremental-streaming-output` does. Set `weight_version`
+    between requests to pretend a weight update.
 
     While `answering` is not set it hangs: it takes connections and answers no question about its health.
     `requests` are all that were received, `aborts` the rids of `/abort_request`, `alive` whether it still
@@ -110,6 +111,7 @@ class FakeSGLang:
                 web.get("/server_info", self._server_info),
                 web.get("/get_server_info", self._server_info),
                 web.get("/v1/models", self._models),
+                web.post("/tokenize", self._tokenize),
             ]
         )
         self._runner = web.AppRunner(
@@ -276,6 +278,12 @@ class FakeSGLang:
 
     async def _server_info(self, _http: web.Request) -> web.Response:
         return json_answer(200, {"model_path": "fake", "context_length": None, "version": "0.5.23"})
+
+    async def _tokenize(self, http: web.Request) -> web.Response:
+        if self.tokenizer is None:
+            raise web.HTTPNotFound
+        ids = self.tokenizer.encode((await http.json())["prompt"]).ids
+        return json_answer(200, {"tokens": ids, "count": len(ids), "max_model_len": self.context_length})
 
     async def _models(self, _http: web.Request) -> web.Response:
         card = {"id": "fake", "object": "model", "max_model_len": self.context_length}

@@ -3,7 +3,7 @@
 import asyncio
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
@@ -71,6 +71,7 @@ async def verify(
     judged: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
     concurrency: int = 8,
+    sessions: Collection[str] | None = None,
     on_sample: Callable[[], None] = lambda: None,
 ) -> Report:
     """Check a Parquet file of samples against an engine.
@@ -78,7 +79,7 @@ async def verify(
     An id is below `vocab_size`. Tokens of the versions `judged` (none given: of `engine_version`) must be
     within `tolerance` nats of what the engine recomputes, but for `max_share` of them; ten times the
     tolerance none may exceed. Those of other versions are compared all the same. `concurrency` samples are
-    scored at a time; `on_sample` is called for each that is done.
+    scored at a time; `on_sample` is called for each that is done. With `sessions` only theirs are looked at.
 
     Raises:
         ConfigError: it is no file of samples, or the engine's weights changed meanwhile.
@@ -87,7 +88,7 @@ async def verify(
     versions = frozenset(judged) or frozenset({engine_version or ""})
     found = _Found(tolerance, versions)
     check = _Check(engine, engine_version, found, tokenizer, vocab_size, on_sample)
-    async for rows in _by_session(path):
+    async for rows in _by_session(path, sessions):
         await check.session(rows, concurrency)
     await check.rest()
     return Report(
@@ -118,13 +119,15 @@ async def verify(
     )
 
 
-async def _by_session(path: Path) -> AsyncIterator[list[Row]]:
+async def _by_session(path: Path, only: Collection[str] | None) -> AsyncIterator[list[Row]]:
     """All rows of a session at a time, whatever their order; in memory are those of unfinished sessions."""
     sizes = await asyncio.to_thread(sessions_in, path)
     waiting: dict[str, list[Row]] = defaultdict(list)
     rows = read_rows(path)
     while (row := await asyncio.to_thread(next, rows, None)) is not None:
         session_id = str(row.get("session_id"))
+        if only is not None and session_id not in only:
+            continue
         waiting[session_id].append(row)
         if len(waiting[session_id]) == sizes[session_id]:
             yield waiting.pop(session_id)

@@ -71,7 +71,9 @@ def reload(old: Any, model_dir: str, *, device: torch.device, dtype: torch.dtype
         names = shapes.keys() | expected.keys()
         differing = sorted(name for name in names if shapes.get(name) != expected.get(name))
         what = ", ".join(differing[:3]) or type(new).__name__
-        raise ConfigError(f"{model_dir}: not the model that is running: {what}")
+        raise ConfigError(
+            f"{model_dir}: not the model that is running: {what}; load weights of the same model"
+        )
     return new
 
 
@@ -81,7 +83,7 @@ def find(model_dir: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or str(model_dir).startswith(".") or str(model_dir).count("/") != 1:
-        raise ConfigError(f"{model_dir}: no such directory")
+        raise ConfigError(f"{model_dir}: no such directory; name one with config.json, tokenizer and weights")
     try:
         return Path(_hub.snapshot_download(str(model_dir)))
     except (OSError, ValueError) as error:
@@ -92,7 +94,7 @@ def find(model_dir: str | Path) -> Path:
 
 def _require(directory: Path, patterns: tuple[str, ...], what: str, usual: str) -> None:
     if not any(any(directory.glob(pattern)) for pattern in patterns):
-        raise ConfigError(f"{directory}: no {what}: {usual} is missing")
+        raise ConfigError(f"{directory}: no {what}: {usual} is missing; copy it from the model's repository")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -118,7 +120,8 @@ def _weights(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
     # transformers fills a weight that the files lack with random numbers and only warns.
     if missing := sorted(str(name) for name in report["missing_keys"]):
         raise ConfigError(
-            f"{directory}: weights are missing: {', '.join(missing[:3])} ({len(missing)} in all)"
+            f"{directory}: weights are missing: {', '.join(missing[:3])} ({len(missing)} in all); "
+            "copy all of its *.safetensors files"
         )
     return model.to(device).eval()
 

@@ -110,7 +110,8 @@ def read_conversation(raw: Raw | None, session: Session, system: Sequence[Known]
     read = read_messages(raw, session, ("messages", system), decode, answers="content")
     if read.conversation.known(len(read.conversation) - 1)[0].message.role == "assistant":
         raise RequestError(
-            "`messages` ends with an assistant message: prefill is not supported here", param="messages"
+            "`messages` ends with an assistant message: prefill is not supported here, end with a user's",
+            param="messages",
         )
     return read
 

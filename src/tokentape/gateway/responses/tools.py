@@ -96,7 +96,8 @@ class Tools:
             raise RequestError(f"`{where}`: there are two tools {name!r}", param=f"{where}.name")
         if tool.defer_loading:
             raise RequestError(
-                f"`{where}.defer_loading`: there is no tool search here", param=f"{where}.defer_loading"
+                f"`{where}.defer_loading`: there is no tool search here, leave it out",
+                param=f"{where}.defer_loading",
             )
         self.names.append(name)
         function: Json = {"name": name}
