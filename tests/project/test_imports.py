@@ -40,17 +40,21 @@ LAYERS: dict[str, set[str]] = {
     "stores": {*CORE, "postgres", "store"},
     "export": {*CORE, "export", "tape", "tree", "schema", "store"},
     "verify": {*CORE, "engines.sglang_score", "export", "invariants", "tape", "tokenizer", "verify"},
+    "viewer": {
+        *CORE, "engines.sglang_score", "export", "schema", "store", "tape", "tokenizer", "tree",
+        "verify.turns", "viewer",
+    },
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
         *TEXT, "constrain", "conversation", "engines", "export", "formats", "gateway", "metrics", "model",
-        "parse", "render", "schema", "store", "stores", "tape", "tree", "volatile", "",
+        "parse", "render", "schema", "store", "stores", "tape", "tree", "viewer", "volatile", "",
     },
     "scale": {*CORE, "engines.server", "gateway", "scale", "store", "stores"},
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
         *CORE, "audit", "cli", "demo", "engines", "export", "formatfile", "formats", "gateway", "model",
-        "scale", "stores", "tokenizer", "verify", "volatile", "",
+        "scale", "stores", "tokenizer", "verify", "viewer", "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {
@@ -78,6 +82,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "engines.server",
         "scale.front",
         "testing",
+        "viewer.app",
     ),
     "ray": ("scale.ray", "rollout.onray"),
     "openai": ("demo", "clients", "inprocess"),
@@ -87,7 +92,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "psycopg": ("postgres", "postgres_sql"),
     "psycopg_pool": ("postgres",),
     "jinja2": ("template",),
-    "pyarrow": ("schema", "export", "cli", "demo", "rollout"),
+    "pyarrow": ("schema", "export", "cli", "demo", "rollout", "viewer.files"),
     "rich": ("audit.show", "verify.show", "cli", "demo", "rollout.progress"),
     "click": ("cli",),
 }

@@ -14,6 +14,7 @@ from tokentape.cli.export import export
 from tokentape.cli.serve import engine, serve
 from tokentape.cli.top import top
 from tokentape.cli.verify import verify
+from tokentape.cli.view import view
 from tokentape.errors import TokentapeError
 
 
@@ -45,5 +46,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, serve, engine, top, export, verify, audit):
+for _command in (demo, serve, engine, top, view, export, verify, audit):
     main.add_command(_command)
