@@ -16,8 +16,8 @@ MAX_HITS = 2000
 def lines(branch: Branch, glyphs: Glyphs, columns: int) -> "array[int]":
     """Where each line of at most so many columns begins: int32[L].
 
-    A line ends behind a line feed, and where a turn is given tokens or begins to sample. A token that is wider
-    than a line has one of its own.
+    A line ends behind a line feed, and where a turn is given tokens or begins to sample. A token that is
+    wider than a line has one of its own.
     """
     edges = {at for one in branch.stretches for at in (one.begin, one.start)}
     starts, used, of = array("i"), columns, glyphs.of
