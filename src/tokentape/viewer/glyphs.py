@@ -70,8 +70,6 @@ def _visible(character: str) -> str:
     if character == "\t":
         return "⇥"
     code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is no character by itself
         return f"⟨{code - 0xDC00:02x}⟩"
     if unicodedata.category(character) in _HIDDEN:

@@ -18,8 +18,7 @@ export function h(name, given = {}, ...children) {
 
 /** How one odd character is written; line feeds and tabs are not odd. */
 function spelled(character) {
-  const code = character.codePointAt(0);
-  return code < 0x20 ? String.fromCodePoint(0x2400 + code) : `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
+  return `⟨U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
 }
 
 /** A text as nodes, odd characters marked. */

@@ -34,7 +34,7 @@ async function route() {
       await view.moved(query);
       return;
     }
-    if (session === null && view instanceof Sessions && !view.is_gone) {
+    if (session === null && view instanceof Sessions && !view.isGone) {
       if (JSON.stringify(query) !== JSON.stringify(view.query)) { view.filter.value = query.q ?? ""; view.query = query; view.draw(); }
       return;
     }

@@ -33,7 +33,7 @@ function status(attempt, toTokens) {
 
 function message(one, ...more) {
   return h("article", { class: `message ${["system", "user", "assistant", "tool"].includes(one.role) ? one.role : ""}` },
-    h("header", {}, h("b", {}, plain(one.role)), one.name ? plain(one.name) : null, one.tool_call_id ? h("span", { class: "mono" }, plain(one.tool_call_id)) : null, ...more),
+    h("header", {}, h("b", {}, plain(one.role)), one.name ? h("span", {}, shown(one.name)) : null, one.tool_call_id ? h("span", { class: "mono" }, plain(one.tool_call_id)) : null, ...more),
     one.reasoning_content ? text(one.reasoning_content, "body reasoning") : null,
     one.content ? text(typeof one.content === "string" ? one.content : JSON.stringify(one.content)) : null);
 }
@@ -43,18 +43,18 @@ export function messages(head, toTokens) {
   return h("div", { class: "messages", tabindex: "0", role: "region", "aria-label": "Messages" }, head.turns.map((turn, index) => {
     const rule = h("div", { class: "turn-rule", id: `turn-${turn.turn_id}` },
       h("b", {}, `turn ${index + 1}`), turn.reason ? chip(turn.reason, "reason") : null, turn.label === "main" ? null : chip(turn.label),
-      turn.wire ? plain(turn.wire) : null,
+      turn.wire ? h("span", {}, plain(turn.wire)) : null,
       h("a", { href: "#", onclick: (event) => { event.preventDefault(); toTokens(turn.begin); } }, `tokens ${count(turn.begin)}–${count(turn.end)}`));
     const reply = message(turn.reply,
       chip(turn.trained ? "trained here" : "context here"),
-      `${plural(turn.num_sampled, "token")}, ${turn.finish_reason}`,
-      turn.versions.length ? plain(`weights ${turn.versions.join(", ")}`) : null,
+      h("span", {}, `${plural(turn.num_sampled, "token")}, ${plain(turn.finish_reason)}`),
+      turn.versions.length ? h("span", {}, plain(`weights ${turn.versions.join(", ")}`)) : null,
       h("span", { title: plain(JSON.stringify(turn.sampling)) }, plain(turn.logprob_basis)),
-      turn.reward === null ? null : `reward ${turn.reward}`);
+      turn.reward === null ? null : h("span", {}, `reward ${turn.reward}`));
     const calls = turn.reply.tool_calls ?? [];
     const attempts = [...(turn.attempts ?? [])];
     for (const one of calls) {
-      const at = attempts.findIndex((attempt) => attempt.status === "ok" && attempt.name === one.function.name);
+      const at = attempts.findIndex((attempt) => attempt.name === one.function.name && attempt.arguments !== null);
       reply.append(call(one, at < 0 ? null : attempts.splice(at, 1)[0], toTokens));
     }
     for (const attempt of attempts) {

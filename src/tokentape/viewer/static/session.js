@@ -141,6 +141,9 @@ export class Session {
     }
     if (tab === "compare") {
       const others = this.session.branches.filter((branch) => branch.branch_id !== this.head.branch_id);
+      const mine = this.path(this.head.branch_id);
+      const shared = (branch) => this.path(branch.branch_id).filter((turn, index) => turn === mine[index]).length;
+      others.sort((a, b) => shared(b) - shared(a)); // the nearest first
       const pick = h("select", { id: "with", onchange: () => this.change({ with: pick.value }) }, others.map((branch) =>
         h("option", { value: branch.branch_id, selected: branch.branch_id === this.query.with }, plain(`${branch.reason}, ${branch.label}, ${count(branch.num_tokens)} tokens, ${branch.branch_id}`))));
       this.pick = pick;

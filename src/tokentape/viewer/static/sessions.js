@@ -61,8 +61,8 @@ export class Sessions {
     this.rows = new Map();
     this.tags = new Map();
     this.elements = new Map();
-    this.num_shown = SHOWN;
-    this.is_gone = false;
+    this.numShown = SHOWN;
+    this.isGone = false;
     this.wanted = []; // ids whose counts are asked for
     this.asking = 0;
   }
@@ -71,14 +71,14 @@ export class Sessions {
     this.query = query;
     this.filter = h("input", {
       type: "search", id: "filter", value: query.q ?? "", "aria-label": "Filter", autocomplete: "off", spellcheck: "false",
-      placeholder: "filter: any text, state:open, label:subagent, turns>3, reward<0.5, failures>0, version:3",
+      placeholder: "filter: text, state:open, label:subagent, turns>3, reward<0.5",
       oninput: later(() => this.change({ q: this.filter.value }), 120),
     });
     this.total = h("span", { class: "quiet", role: "status" });
     this.body = h("tbody");
     this.heads = COLUMNS.map(([name, title]) =>
       h("th", { scope: "col", data: { name } }, h("button", { type: "button", onclick: () => this.sort(name) }, title)));
-    this.more = h("button", { type: "button", class: "more", onclick: () => { this.num_shown += SHOWN; this.draw(); } }, "More rows");
+    this.more = h("button", { type: "button", class: "more", onclick: () => { this.numShown += SHOWN; this.draw(); } }, "More rows");
     this.root.replaceChildren(
       h("div", { class: "sessions" },
         h("div", { class: "bar" }, this.filter, this.total),
@@ -92,7 +92,7 @@ export class Sessions {
   /** The same view with another filter or order. */
   change(query) {
     this.query = { ...this.query, ...query };
-    this.num_shown = SHOWN;
+    this.numShown = SHOWN;
     go(null, this.query, true);
     this.draw();
   }
@@ -104,7 +104,7 @@ export class Sessions {
   async load() {
     let after = "";
     const seen = new Set();
-    while (seen.size < MOST && !this.is_gone) {
+    while (seen.size < MOST && !this.isGone) {
       const page = await ask(after, PAGE);
       for (const row of page.sessions) {
         const known = this.rows.get(row.session_id);
@@ -121,7 +121,7 @@ export class Sessions {
   }
 
   draw() {
-    if (this.is_gone) return;
+    if (this.isGone) return;
     const terms = (this.query.q ?? "").split(/\s+/).filter(Boolean).map(term);
     const [order, name] = this.query.sort?.startsWith("-") ? [-1, this.query.sort.slice(1)] : [1, this.query.sort];
     const column = BY_NAME.get(name);
@@ -140,7 +140,7 @@ export class Sessions {
       else head.removeAttribute("aria-sort");
     }
     this.total.textContent = found.length === this.rows.size ? `${count(found.length)} sessions` : `${count(found.length)} of ${count(this.rows.size)} sessions`;
-    const now = found.slice(0, this.num_shown);
+    const now = found.slice(0, this.numShown);
     this.more.hidden = now.length === found.length;
     this.count(now.map((row) => row.session_id));
     const focused = document.activeElement?.closest("tr")?.dataset.id;
@@ -163,7 +163,7 @@ export class Sessions {
       failures: h("td", {}, Object.entries(row.failures ?? {}).map(([kind, number]) => [chip(`${kind} ${number}`, "bad"), " "])),
       versions: h("td", { class: "wide mono" }, plain(listed(row.versions))),
       created_at: h("td", { class: "quiet" }, created),
-      metadata: h("td", { class: "wide quiet mono", title: plain(JSON.stringify(row.metadata)) }, plain(Object.keys(row.metadata).length ? JSON.stringify(row.metadata) : "")),
+      metadata: h("td", { class: "rest quiet mono", title: plain(JSON.stringify(row.metadata)) }, plain(Object.keys(row.metadata).length ? JSON.stringify(row.metadata) : "")),
     };
     return h("tr", { data: { id: row.session_id }, class: changed ? "changed" : null }, COLUMNS.map(([name]) => cells[name]));
   }
@@ -181,7 +181,7 @@ export class Sessions {
       const known = this.tags.get(id) ?? null;
       this.tags.set(id, known);
       const row = await get(of(id, "summary"), {}, known);
-      if (row !== null && this.rows.has(id) && !this.is_gone) {
+      if (row !== null && this.rows.has(id) && !this.isGone) {
         this.tags.set(id, row.tag);
         this.rows.set(id, row);
         const before = this.elements.get(id);
@@ -198,7 +198,7 @@ export class Sessions {
       if (!(error instanceof Refused)) throw error; // it has just been deleted
     } finally {
       this.asking -= 1;
-      if (this.wanted.length && !this.is_gone) this.count([]);
+      if (this.wanted.length && !this.isGone) this.count([]);
     }
   }
 
@@ -210,7 +210,7 @@ export class Sessions {
     this.live(true);
     let ticks = 0;
     const tick = async () => {
-      if (this.is_gone) return;
+      if (this.isGone) return;
       if (document.visibilityState === "visible") {
         try {
           ticks += 1;
@@ -241,7 +241,7 @@ export class Sessions {
   }
 
   close() {
-    this.is_gone = true;
+    this.isGone = true;
     clearTimeout(this.timer);
     this.live(false);
   }

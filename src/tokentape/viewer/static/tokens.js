@@ -33,8 +33,8 @@ export class Tokens {
     this.differs = null;
     this.scores = null; // Map: token → recomputed
     this.drifts = []; // in order
-    this.starts_of_drifts = [];
-    this.starts_of_hits = [];
+    this.driftStarts = [];
+    this.hitStarts = [];
     this.chunks = new Map();
     this.asking = new Set();
     this.drawn = new Map();
@@ -133,7 +133,7 @@ export class Tokens {
     const [version, start, end] = this.head.version_spans[before(this.spans, at)] ?? [null, 0, 0];
     const logprob = chunk.logprobs[own];
     const recomputed = this.scores?.get(at) ?? null;
-    const drift = this.drifts[before(this.starts_of_drifts, at)];
+    const drift = this.drifts[before(this.driftStarts, at)];
     return {
       at, turn, index, kind, logprob, recomputed,
       id: chunk.ids[own], text: chunk.texts[own], hex: chunk.hex[own],
@@ -219,12 +219,14 @@ export class Tokens {
       }
       if (at === start) {
         const isNew = token.turn.begin === start || token.turn.start === start;
-        gutter.prepend(h("i", {}, `${isNew ? `${token.index + 1} ` : ""}${mode.word(token)}`));
+        const above = start > 0 && line % 16 ? this.token(start - 1) : null;
+        const word = isNew ? `${token.index + 1} ${mode.word(token)}` : !above || mode.word(above) !== mode.word(token) ? mode.word(token) : "";
+        gutter.prepend(h("i", {}, word));
       }
       let kind = `t ${mode.of(token, this)}`;
       if (this.hits.length && this.isHit(at)) kind += at >= (this.now?.[0] ?? -1) && at < (this.now?.[1] ?? -1) ? " hit now" : " hit";
       if (at === this.at) kind += " at";
-      if (this.differs !== null && at >= this.differs) kind += at === this.differs ? " differs" : " behind";
+      if (at === this.differs) { kind += " differs"; gutter.prepend(h("b", { title: "the first difference" }, "≠")); }
       const cell = document.createElement("span");
       cell.className = kind;
       cell.textContent = token.text;
@@ -237,13 +239,13 @@ export class Tokens {
   }
 
   isHit(at) {
-    const [start, end] = this.hits[before(this.starts_of_hits, at)];
+    const [start, end] = this.hits[before(this.hitStarts, at)];
     return at >= start && at < end;
   }
 
   mark(hits, now = null) {
     this.hits = hits;
-    this.starts_of_hits = hits.map(([start]) => start);
+    this.hitStarts = hits.map(([start]) => start);
     this.now = now;
     if (now) this.reveal(now[0]);
     this.redraw();
@@ -251,7 +253,7 @@ export class Tokens {
 
   drift(drifts) {
     this.drifts = drifts;
-    this.starts_of_drifts = drifts.map((one) => one.start);
+    this.driftStarts = drifts.map((one) => one.start);
     this.redraw();
   }
 
