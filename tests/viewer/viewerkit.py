@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import time
 import zipfile
 from array import array
 from collections.abc import AsyncIterator, Sequence
@@ -87,6 +88,36 @@ def calls(name: str, **given: str) -> str:
 
 
 @dataclass
+class Page:
+    """A browser's page; `problems` is what its console said."""
+
+    own: Any
+    problems: list[str]
+
+    def open(self, url: str, where: str = "#/") -> None:
+        """Go to a view, and wait until it is there."""
+        self.own.goto(f"{url}/ui/{where}")
+        self.own.wait_for_selector("html[data-ready]")
+
+    def find(self, selector: str) -> Any:
+        return self.own.locator(selector)
+
+    def token(self, at: int) -> Any:
+        return self.own.locator(f".grid .t[data-at='{at}']").first
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.own.keyboard.press(key)
+
+    def until(self, condition: str, argument: Any = None) -> None:
+        """Wait until an expression of the page is true; the page's policy lets nothing be evaluated in it."""
+        end = time.monotonic() + 10
+        while not self.own.evaluate(condition, argument):
+            assert time.monotonic() < end, condition
+            self.own.wait_for_timeout(30)
+
+
+@dataclass
 class World:
     """A gateway with sessions in it."""
 
@@ -123,7 +154,8 @@ async def populate(world: World) -> None:
 async def repair(world: World) -> str:
     gateway, says, fake = world.gateway, world.policy.says, world.fake
     session_id = await gateway.create(
-        session_id="repair-0412", metadata={"task": "fix off-by-one in pager.py", "repo": "demo/pager", "try": 3}
+        session_id="repair-0412",
+        metadata={"task": "fix off-by-one in pager.py", "repo": "demo/pager", "try": 3},
     )
     agent = Agent(gateway, session_id, {"tools": TOOLS}, [SYSTEM])
     fake.script(
@@ -133,7 +165,7 @@ async def repair(world: World) -> str:
         )
     )
     await agent.turn({"role": "user", "content": "The last page of results is never shown. Fix it, please."})
-    listing = "def pages(total, size):\n    \"\"\"Yield page numbers.\"\"\"\n    for page in range(total // size):\n        yield page"
+    listing = 'def pages(total, size):\n    """Yield page numbers."""\n    for page in range(total // size):\n        yield page'
     fake.script(
         says(
             "<think>\nInteger division drops the remainder: 41 results with size 10 give 4 pages, not 5.\n</think>\n\n"
@@ -141,8 +173,12 @@ async def repair(world: World) -> str:
             + calls("task", prompt="Write a test for pages(41, 10): it must yield 0 to 4.")
         )
     )
-    await agent.turn({"role": "tool", "tool_call_id": agent.messages[-1]["tool_calls"][0]["id"], "content": listing})
-    helper = Agent(gateway, session_id, {"tools": TOOLS[:2]}, [{"role": "system", "content": "You write tests."}])
+    await agent.turn(
+        {"role": "tool", "tool_call_id": agent.messages[-1]["tool_calls"][0]["id"], "content": listing}
+    )
+    helper = Agent(
+        gateway, session_id, {"tools": TOOLS[:2]}, [{"role": "system", "content": "You write tests."}]
+    )
     fake.script(says("Done: tests/test_pager.py checks that 41 results make five pages."))
     await helper.turn({"role": "user", "content": "Write a test for pages(41, 10): it must yield 0 to 4."})
     before = list(agent.messages)
@@ -151,20 +187,36 @@ async def repair(world: World) -> str:
         "tool_call_id": agent.messages[-1]["tool_calls"][0]["id"],
         "content": "tests/test_pager.py written: it fails, as it should.",
     }
-    fake.script(says("I round up with `-(-total // size)` and run the tests.\n" + calls("run_tests", path="tests"), ("12", "13")))
+    fake.script(
+        says(
+            "I round up with `-(-total // size)` and run the tests.\n" + calls("run_tests", path="tests"),
+            ("12", "13"),
+        )
+    )
     await agent.turn(result)
-    passed = {"role": "tool", "tool_call_id": agent.messages[-1]["tool_calls"][0]["id"], "content": "3 passed in 0.04s"}
+    passed = {
+        "role": "tool",
+        "tool_call_id": agent.messages[-1]["tool_calls"][0]["id"],
+        "content": "3 passed in 0.04s",
+    }
     fake.script(says("The last page is shown now: `pages` rounds up, and a test covers 41 results.", ("13",)))
     await agent.turn(passed)
     agent.messages = before
-    fake.script(says("I add 1 to the range, which is simpler.\n<tool_call>\n{\"name\": \"run_tests\", \"arguments\": {\"path\": \n</tool_call>", ("13",)))
+    fake.script(
+        says(
+            'I add 1 to the range, which is simpler.\n<tool_call>\n{"name": "run_tests", "arguments": {"path": \n</tool_call>',
+            ("13",),
+        )
+    )
     await agent.turn(result)
     await gateway.ok("POST", f"/sessions/{session_id}/finish", {"reward": 0.85})
     return session_id
 
 
 async def short(world: World, number: int, reward: float | None, version: str) -> str:
-    session_id = await world.gateway.create(session_id=f"greet-{number}", metadata={"task": "greet", "lang": "fr de el it"[3 * number :][:2]})
+    session_id = await world.gateway.create(
+        session_id=f"greet-{number}", metadata={"task": "greet", "lang": "fr de el it"[3 * number :][:2]}
+    )
     agent = Agent(world.gateway, session_id)
     for text in ("Bonjour ! 👋 Ça va ?", "Καλημέρα κόσμε — 日本語もどうぞ。")[: 1 + number % 2]:
         world.fake.script(world.policy.says(f"<think>\n\n</think>\n\n{text}", (version,)))
@@ -176,7 +228,9 @@ async def short(world: World, number: int, reward: float | None, version: str) -
 
 async def hostile(world: World) -> str:
     """Everything that a page could take for something else than text."""
-    session_id = await world.gateway.create(session_id="hostile-1", metadata={HOSTILE: HOSTILE, "task": HOSTILE})
+    session_id = await world.gateway.create(
+        session_id="hostile-1", metadata={HOSTILE: HOSTILE, "task": HOSTILE}
+    )
     name = "<b>bold</b>"
     world.fake.script(
         world.policy.says(f"<think>\n{HOSTILE}\n</think>\n\n{HOSTILE}\n" + calls(name, **{"<i>": HOSTILE}))
@@ -189,7 +243,9 @@ async def hostile(world: World) -> str:
 async def grow(world: World, session_id: str, agent: Agent | None = None) -> Agent:
     """One more turn."""
     agent = agent or Agent(world.gateway, session_id)
-    world.fake.script(world.policy.says(f"<think>\n\n</think>\n\nAnswer number {len(agent.messages)}.", ("13",)))
+    world.fake.script(
+        world.policy.says(f"<think>\n\n</think>\n\nAnswer number {len(agent.messages)}.", ("13",))
+    )
     await agent.turn({"role": "user", "content": "Once more."})
     return agent
 
@@ -241,14 +297,19 @@ async def long_store(path: Path, model: Path, *, num_tokens: int = 100_000, turn
     made = list[Turn]()
     for number in range(turns):
         own = ids[number * each : (number + 1) * each]
-        changes: dict[str, Any] = {"messages": (Message("user", f"question {number}"),), "reply": Message("assistant", f"answer {number}")}
+        changes: dict[str, Any] = {
+            "messages": (Message("user", f"question {number}"),),
+            "reply": Message("assistant", f"answer {number}"),
+        }
         if number:
             changes |= {"parent_id": f"t{number - 1}", "branch_reason": None}
         made.append(turn(f"t{number}", own[: each // 2], own[each // 2 :], **changes))
     other = made[-1].completion.ids.tolist()
     other[100:] = other[:99:-1]
     fork = {"parent_id": f"t{turns - 2}", "branch_reason": "resampled", "messages": made[-1].messages}
-    made.append(turn("other", made[-1].prompt.ids.tolist(), other, **fork, reply=Message("assistant", "another")))
+    made.append(
+        turn("other", made[-1].prompt.ids.tolist(), other, **fork, reply=Message("assistant", "another"))
+    )
     await store.put_session(SessionRecord("long", "open", 1.5))
     await store.put_turns("long", made)
     await store.put_failure("long", Failure("engine_timeout", "no token came", 0, 3.0))

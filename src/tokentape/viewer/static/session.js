@@ -165,13 +165,13 @@ export class Session {
     this.inspector = new Inspector((at) => this.grid.choose(at));
     this.grid = new Tokens({ session: this.id, label: "Tokens", looked: (token) => this.inspector.look(token), moved: (at) => this.change({ at }, true) });
     this.grids = [this.grid];
+    this.searched = "";
     this.view.className = "view tokens";
     this.view.replaceChildren(this.grid.element, this.inspector.element);
     await this.grid.show(this.head);
     if (this.isGone || !this.grid) return;
     await this.adjust();
     if (this.query.at === undefined && selected !== this.head.branch_id) this.grid.toLine(Math.max(0, this.grid.starts.indexOf(this.head.turns.find((turn) => turn.turn_id === selected).begin)));
-    if (this.query.q) this.search();
   }
 
   /** Colours and cursor as the address says. */
@@ -184,12 +184,21 @@ export class Session {
       if (this.query.at !== undefined && this.query.at !== null && grid === this.grid && grid.at !== Number(this.query.at)) grid.choose(Number(this.query.at));
     }
     if (this.grid && this.inspector) this.inspector.colours(this.grid);
+    if (this.grid && (this.query.q ?? "") !== this.searched) {
+      this.box.value = this.query.q ?? "";
+      await this.search();
+    }
   }
 
   /** Some colours need to be asked for first. */
   async colour(grid, mode) {
     grid.colour(mode);
     const branch = grid.head.branch_id;
+    const missing = { drift: !this.info.has_texts && "No tokenizer here: give --model.", difference: !this.info.has_engine && "No engine here: `tokentape view … --engine URL` recomputes log-probabilities." }[mode];
+    if (missing) {
+      this.inspector?.say(h("p", { class: "quiet", role: "alert" }, missing));
+      return;
+    }
     try {
       if (mode === "drift") {
         this.inspector?.say(h("p", { class: "quiet" }, "Encoding every turn again …"));
@@ -224,8 +233,9 @@ export class Session {
 
   async search() {
     const q = this.box.value;
+    this.searched = q;
     this.found = null;
-    if (!q) {
+    if (!q || (!this.info.has_texts && !/^#\d+$/.test(q))) {
       this.hitCount.textContent = "";
       this.grid.mark([]);
       return;
@@ -256,7 +266,12 @@ export class Session {
     const wire = await get(of(this.id, selected, "wire"));
     const box = h("div", { class: "wire", tabindex: "0", role: "region", "aria-label": "Wire" });
     if (wire.kept) {
-      box.append(h("h2", {}, "Request, POST ", h("code", {}, shown(wire.path))), h("pre", { tabindex: "0" }, shown(pretty(wire.request))), h("h2", {}, "Reply"), h("pre", { tabindex: "0" }, shown(pretty(wire.reply))));
+      const parts = [wire.request, wire.reply].map((text) => [text, h("pre", { tabindex: "0" })]);
+      const indent = h("input", { type: "checkbox", checked: true, onchange: () => fill() });
+      const fill = () => parts.forEach(([text, pre]) => pre.replaceChildren(...shown(indent.checked ? pretty(text) : text)));
+      fill();
+      this.tools.append(h("label", {}, indent, "indented; else as it was sent"));
+      box.append(h("h2", {}, "Request, POST ", h("code", {}, shown(wire.path))), parts[0][1], h("h2", {}, "Reply"), parts[1][1]);
     } else {
       const why = this.info.has_wire ? "It was too long ago, or before the gateway started: only the last requests are kept (--keep-wire-mb)." : "Only a running gateway has the last requests as they were on the wire; a store and a file keep what they meant.";
       box.append(h("p", { class: "empty" }, `Not kept. ${why}`));

@@ -126,21 +126,36 @@ export class Tokens {
   token(at) {
     const chunk = this.chunks.get(Math.floor(at / CHUNK));
     if (!chunk || at - chunk.start >= chunk.ids.length) return null;
-    const index = before(this.edges, at);
-    const turn = this.head.turns[index];
-    const kind = provenance(at, turn, index);
     const own = at - chunk.start;
-    const [version, start, end] = this.head.version_spans[before(this.spans, at)] ?? [null, 0, 0];
-    const logprob = chunk.logprobs[own];
-    const recomputed = this.scores?.get(at) ?? null;
-    const drift = this.drifts[before(this.driftStarts, at)];
+    const seen = this.looker()(at);
     return {
-      at, turn, index, kind, logprob, recomputed,
-      id: chunk.ids[own], text: chunk.texts[own], hex: chunk.hex[own],
-      version: at >= start && at < end ? version : null,
-      difference: recomputed === null || logprob === null ? null : recomputed - logprob,
-      drift: drift && at >= drift.start && at < drift.end ? drift : null,
-      call: (turn.attempts ?? []).find((one) => one.tokens && at >= one.tokens[0] && at < one.tokens[1]) ?? null,
+      ...seen, at, id: chunk.ids[own], hex: chunk.hex[own], recomputed: this.scores?.get(at) ?? null,
+      call: (seen.turn.attempts ?? []).find((one) => one.tokens && at >= one.tokens[0] && at < one.tokens[1]) ?? null,
+    };
+  }
+
+  /** What a colour needs to know, of tokens that are asked for one after the other: places are found once. */
+  looker() {
+    let turn = null, index = 0, span = null, chunk = null, drift = null, nextDrift = -1;
+    return (at) => {
+      if (chunk === null || at < chunk.start || at >= chunk.start + chunk.ids.length) {
+        chunk = this.chunks.get(Math.floor(at / CHUNK)) ?? null;
+        if (chunk === null || at - chunk.start >= chunk.ids.length) { chunk = null; return null; }
+      }
+      if (turn === null || at >= turn.end) { index = before(this.edges, at); turn = this.head.turns[index]; }
+      if (span === null || at >= span[2]) span = this.head.version_spans[before(this.spans, at)] ?? [null, 0, Infinity];
+      if (this.drifts.length && (nextDrift < 0 || at >= this.drifts[nextDrift].end)) {
+        nextDrift = before(this.driftStarts, at);
+        drift = this.drifts[nextDrift];
+      }
+      const logprob = chunk.logprobs[at - chunk.start];
+      const recomputed = this.scores === null ? undefined : this.scores.get(at);
+      return {
+        turn, index, logprob, kind: provenance(at, turn, index), text: chunk.texts[at - chunk.start],
+        version: at >= span[1] && at < span[2] ? span[0] : null,
+        difference: recomputed === undefined || logprob === null ? null : recomputed - logprob,
+        drift: drift !== null && at >= drift.start && at < drift.end ? drift : null,
+      };
     };
   }
 
@@ -210,8 +225,9 @@ export class Tokens {
     const gutter = h("span", { class: "gutter", role: "rowheader" }, String(start));
     row.append(gutter);
     const mode = MODES[this.mode];
+    const look = this.looker();
     for (let at = start; at < end; at += 1) {
-      const token = this.token(at);
+      const token = look(at);
       if (!token) {
         row.dataset.waits = "1";
         this.fetch(Math.floor(at / CHUNK));
@@ -219,7 +235,7 @@ export class Tokens {
       }
       if (at === start) {
         const isNew = token.turn.begin === start || token.turn.start === start;
-        const above = start > 0 && line % 16 ? this.token(start - 1) : null;
+        const above = start > 0 && line % 16 ? this.looker()(start - 1) : null;
         const word = isNew ? `${token.index + 1} ${mode.word(token)}` : !above || mode.word(above) !== mode.word(token) ? mode.word(token) : "";
         gutter.prepend(h("i", {}, word));
       }
