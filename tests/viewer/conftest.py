@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from viewerkit import Page, World, populate, real_model, world
+
 from gatewayfixtures import fake as fake
 from gatewayfixtures import gateway as gateway
 from gatewayfixtures import model_dir as model_dir
 from gatewayfixtures import store as store
-from viewerkit import Page, World, populate, real_model, world
 
 T = TypeVar("T")
 _ARGUMENTS = (

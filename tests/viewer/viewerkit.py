@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Library
 from gatewaykit import Agent, Gateway, gateway_for
 from tokentape.store import Failure, SessionRecord, SQLiteStore
 from tokentape.tape import Origin, Turn
-from tokentape.testing import Fault, FakeSGLang, Reply
+from tokentape.testing import FakeSGLang, Fault, Reply
 from tokentape.types import Json, Message, Sampling, TokenRun, VersionSpan
 
 MODEL = "qwen-3"
@@ -160,15 +160,18 @@ async def repair(world: World) -> str:
     agent = Agent(gateway, session_id, {"tools": TOOLS}, [SYSTEM])
     fake.script(
         says(
-            "<think>\nThe issue says the last page is missing. I should read the pager before I change anything.\n"
+            "<think>\nThe issue says the last page is missing. I should read the pager first.\n"
             "</think>\n\nI will look at the pager first.\n" + calls("read_file", path="src/pager.py")
         )
     )
     await agent.turn({"role": "user", "content": "The last page of results is never shown. Fix it, please."})
-    listing = 'def pages(total, size):\n    """Yield page numbers."""\n    for page in range(total // size):\n        yield page'
+    listing = (
+        'def pages(total, size):\n    """Yield page numbers."""\n'
+        "    for page in range(total // size):\n        yield page"
+    )
     fake.script(
         says(
-            "<think>\nInteger division drops the remainder: 41 results with size 10 give 4 pages, not 5.\n</think>\n\n"
+            "<think>\nInteger division drops the remainder: 41 results make 4 pages, not 5.\n</think>\n\n"
             "`total // size` drops the remainder. I let another agent write the test while I fix it.\n"
             + calls("task", prompt="Write a test for pages(41, 10): it must yield 0 to 4.")
         )
@@ -204,7 +207,8 @@ async def repair(world: World) -> str:
     agent.messages = before
     fake.script(
         says(
-            'I add 1 to the range, which is simpler.\n<tool_call>\n{"name": "run_tests", "arguments": {"path": \n</tool_call>',
+            "I add 1 to the range, which is simpler.\n"
+            '<tool_call>\n{"name": "run_tests", "arguments": {"path": \n</tool_call>',
             ("13",),
         )
     )

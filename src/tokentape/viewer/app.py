@@ -61,7 +61,7 @@ def make_app(desk: Desk, api_key: str | None = None) -> web.Application:
     @web.middleware
     async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            if api_key is not None and request.path not in PAGE:
+            if api_key is not None and request.path not in PAGE | {"/"}:
                 given = request.headers.get("Authorization", "").removeprefix("Bearer ")
                 if not compare_digest(given.encode(errors="replace"), api_key.encode(errors="replace")):
                     raise Unauthorized("a valid API key is required")
