@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import psycopg
+import uvloop
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
@@ -110,7 +111,7 @@ class PostgresStore:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._closed = False
         self._working: set[asyncio.Task[Any]] = set()
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tokentape-store", daemon=True)
         self._thread.start()
         try:
@@ -155,7 +156,6 @@ class PostgresStore:
             raise StoreError(f"turn {turns[0].turn_id} cannot be stored: {error}") from error
         given = {f"{name}{index}": value for index, row in enumerate(rows) for name, value in row.items()}
         given["session_id"] = session_id
-
         given["turn_ids"] = [turn.turn_id for turn in turns]
 
         async def run(connection: Connection, again: bool) -> None:
@@ -196,11 +196,17 @@ class PostgresStore:
         return [(row["version"], row["said_by"]) for row in rows]
 
     async def delete(self, session_id: str) -> None:
-        """Remove a session and all that belongs to it."""
+        """Remove a session and all that belongs to it.
+
+        Raises:
+            LeaseLost: another replica has taken it.
+        """
 
         async def run(connection: Connection, again: bool) -> None:
             del again
-            await connection.execute(DELETE, {"session_id": session_id, "me": self.replica_id})
+            given = {"session_id": session_id, "me": self.replica_id}
+            [found] = await _rows(connection, DELETE, given)
+            self._check_held(session_id, held=not found["there"])
             self._fences.pop(session_id, None)
             self._confirmed.pop(session_id, None)
 
@@ -348,9 +354,9 @@ class PostgresStore:
         began = time.monotonic()
         async with self._pool.connection() as connection:
             given = {"me": self.replica_id, "url": self._url, "lease_s": self.lease_s}
-            await connection.execute(RENEW, given)
-        if self._valid_until < began:  # others may have taken sessions meanwhile: each is asked for again
-            self._num_lapses += 1
+            [found] = await _rows(connection, RENEW, given)
+        if self._valid_until < began or found["is_new"]:
+            self._num_lapses += 1  # others may have taken sessions meanwhile: each is asked for again
         self._valid_until = began + self.lease_s
 
     async def _renew_for_ever(self) -> None:
