@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gatewaykit import (
@@ -252,6 +254,30 @@ async def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ConfigError, match="not a Parquet file of samples"):
         FileSource(tmp_path / "f.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "f.parquet")
+    with pytest.raises(ConfigError, match="it has no column 'session_id'"):
+        FileSource(tmp_path / "f.parquet")
+
+
+async def test_an_older_file(fake: FakeSGLang, gateway: Gateway, store: Path, tmp_path: Path) -> None:
+    session_id = await episode(fake, gateway)
+    await sources(store, tmp_path)
+    rows = pq.read_table(tmp_path / "f.parquet").to_pylist()
+    later = ("group_id", "label", "label_by", "sampling_logprobs", "support", "routed_experts")
+    for row in rows:
+        for name in later:
+            del row[name]
+        for turn in row["turns"]:
+            for name in ("label", "logprob_basis", "reward"):
+                del turn[name]
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"tokentape.schema_version": "1"})
+    pq.write_table(table, tmp_path / "old.parquet")
+    desk = Desk(FileSource(tmp_path / "old.parquet"))
+    session = await desk.session(session_id)
+    assert session["summary"]["labels"] == {}
+    assert len(session["branches"]) == len(rows)
+    head = await desk.branch(session_id, rows[0]["sample_id"])
+    assert head["turns"][0]["logprob_basis"] == "sampled"
 
 
 async def test_a_session_in_postgres(fake: FakeSGLang, model_dir: Path, database: str) -> None:

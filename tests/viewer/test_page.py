@@ -378,7 +378,8 @@ def test_a_lone_surrogate_is_text(page: Page, beside: Beside, long: str) -> None
 def test_inline_script_and_style_are_refused(page: Page, shared: World) -> None:
     page.open(shared.gateway.url)
     page.own.evaluate(
-        "document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.owned = 1' }))"
+        "textContent => document.body.append(Object.assign(document.createElement('script'), { textContent }))",
+        "window.owned = 1",
     )
     assert page.own.evaluate("window.owned") is None
     assert len(page.problems) == 1

@@ -41,7 +41,7 @@ export function plain(text) {
 }
 
 export function chip(text, kind = "") {
-  return h("span", { class: `chip ${kind}` }, plain(text));
+  return text === "" ? null : h("span", { class: `chip ${kind}` }, plain(text));
 }
 
 export const count = (number) => (number === null || number === undefined ? "" : number.toLocaleString("en"));
