@@ -378,7 +378,7 @@ def test_a_lone_surrogate_is_text(page: Page, beside: Beside, long: str) -> None
 def test_inline_script_and_style_are_refused(page: Page, shared: World) -> None:
     page.open(shared.gateway.url)
     page.own.evaluate(
-        "textContent => document.body.append(Object.assign(document.createElement('script'), { textContent }))",
+        "text => document.body.append(Object.assign(document.createElement('script'), { text }))",
         "window.owned = 1",
     )
     assert page.own.evaluate("window.owned") is None

@@ -12,7 +12,7 @@ export class Inspector {
     this.token = h("section", { "aria-live": "polite" });
     this.legend = h("section");
     this.list = h("section");
-    this.element = h("aside", { class: "inspector", "aria-label": "Token", tabindex: "0" }, this.token, this.legend, this.list);
+    this.element = h("aside", { class: "inspector", "aria-label": "Token", tabindex: "0" }, this.token, this.list, this.legend);
     this.look(null);
   }
 
@@ -37,7 +37,8 @@ export class Inspector {
   }
 
   splits(drift) {
-    return h("div", {}, h("p", { class: "quiet" }, "recorded"), split(drift.recorded ?? []), h("p", { class: "quiet" }, "encoded again"), split(drift.texts), h("p", { class: "mono" }, `ids ${drift.ids.join(" ")}`));
+    const facts = [["recorded", split(drift.recorded ?? [])], ["encoded again", split(drift.texts)], ["as ids", drift.ids.join(" ")]];
+    return h("dl", { class: "splits" }, facts.map(([name, value]) => [h("dt", {}, name), h("dd", { class: "mono" }, value)]));
   }
 
   colours(grid) {

@@ -12,6 +12,7 @@ const AT_ONCE = 4; // questions for counts
 
 const sum = (counts) => Object.values(counts ?? {}).reduce((total, one) => total + one, 0);
 const listed = (counts) => Object.keys(counts ?? {}).join(", ");
+const told = (metadata) => Object.entries(metadata).map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
 
 // name, title, what it is sorted by, whether it is known only once the turns were read
 const COLUMNS = [
@@ -163,7 +164,7 @@ export class Sessions {
       failures: h("td", {}, Object.entries(row.failures ?? {}).map(([kind, number]) => [chip(`${kind} ${number}`, "bad"), " "])),
       versions: h("td", { class: "wide mono" }, plain(listed(row.versions))),
       created_at: h("td", { class: "quiet" }, created),
-      metadata: h("td", { class: "rest quiet mono", title: plain(JSON.stringify(row.metadata)) }, plain(Object.keys(row.metadata).length ? JSON.stringify(row.metadata) : "")),
+      metadata: h("td", { class: "rest quiet mono", title: plain(JSON.stringify(row.metadata)) }, plain(told(row.metadata))),
     };
     return h("tr", { data: { id: row.session_id }, class: changed ? "changed" : null }, COLUMNS.map(([name]) => cells[name]));
   }
