@@ -45,17 +45,21 @@ LAYERS: dict[str, set[str]] = {
     "doctor": {
         *TEXT, "audit", "doctor", "engines", "formats", "model", "postgres", "render", "schema", "shown",
     },
+    "viewer": {
+        *CORE, "engines.sglang_score", "export", "schema", "store", "tape", "tokenizer", "tree",
+        "verify.turns", "viewer",
+    },
     "engines": {*CORE, "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
         *TEXT, "constrain", "conversation", "engines", "export", "formats", "gateway", "metrics", "model",
-        "parse", "render", "schema", "store", "stores", "tape", "tree", "volatile", "",
+        "parse", "render", "schema", "store", "stores", "tape", "tree", "viewer", "volatile", "",
     },
     "scale": {*CORE, "engines.server", "gateway", "scale", "store", "stores"},
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
         *CORE, "audit", "cli", "demo", "doctor", "engines", "export", "formatfile", "formats", "gateway",
-        "model", "report", "scale", "stores", "tokenizer", "verify", "volatile", "",
+        "model", "report", "scale", "stores", "tokenizer", "verify", "viewer", "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {
@@ -83,6 +87,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "engines.server",
         "scale.front",
         "testing",
+        "viewer.app",
     ),
     "ray": ("scale.ray", "rollout.onray"),
     "openai": ("demo", "clients", "inprocess"),
@@ -92,7 +97,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "psycopg": ("postgres", "postgres_sql", "doctor.postgres"),
     "psycopg_pool": ("postgres",),
     "jinja2": ("template",),
-    "pyarrow": ("schema", "export", "report", "cli", "demo", "rollout"),
+    "pyarrow": ("schema", "export", "report", "cli", "demo", "rollout", "viewer.files"),
     "rich": ("audit.show", "verify.show", "report.show", "doctor.show", "cli", "demo", "rollout.progress"),
     "click": ("cli",),
 }

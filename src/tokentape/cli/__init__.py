@@ -17,6 +17,7 @@ from tokentape.cli.report import report
 from tokentape.cli.serve import engine, serve
 from tokentape.cli.top import top
 from tokentape.cli.verify import verify
+from tokentape.cli.view import view
 from tokentape.errors import TokentapeError
 
 
@@ -48,5 +49,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, serve, engine, top, export, verify, report, audit, doctor, completion):
+for _command in (demo, serve, engine, top, view, export, verify, report, audit, doctor, completion):
     main.add_command(_command)

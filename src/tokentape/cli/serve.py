@@ -228,6 +228,13 @@ from tokentape.volatile import RULES as VOLATILE
     "--max-body-mb", type=click.IntRange(min=1), default=64, show_default=True, help="Largest request."
 )
 @click.option(
+    "--keep-wire-mb",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="Memory for the last requests and replies as they were on the wire, for the viewer; 0 keeps none.",
+)
+@click.option(
     "--drain-timeout",
     type=click.FloatRange(min=0),
     default=30.0,
@@ -285,6 +292,7 @@ def serve(
     max_memory_mb: int,
     max_requests_mb: int,
     max_body_mb: int,
+    keep_wire_mb: int,
     drain_timeout: float,
     log_level: str,
     log_format: str,
@@ -342,6 +350,7 @@ def serve(
             strict=strict,
             max_body_bytes=max_body_mb * 2**20,
             context_length=context_length,
+            wire_bytes=keep_wire_mb * 2**20,
         ),
     )
     if process is not None:

@@ -123,6 +123,11 @@ class Answering:
         self._answer = answer
         self._ping_s = ping_s
 
+    @property
+    def turn_ids(self) -> Sequence[str]:
+        """The turns that answer, one a choice."""
+        return self._answer.turn_ids
+
     async def dones(self) -> list[Done]:
         """The committed turns, one a choice.
 

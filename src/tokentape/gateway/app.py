@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -32,10 +32,14 @@ from tokentape.gateway.agents import (
 from tokentape.gateway.credit import Credit
 from tokentape.gateway.parts import Gateway, info_json
 from tokentape.gateway.sessions import Session
+from tokentape.gateway.viewing import desk_of
 from tokentape.gateway.wire import Decoded, Wire
+from tokentape.gateway.wirelog import Exchanged
+from tokentape.viewer.app import PAGE
+from tokentape.viewer.app import routes as viewer_routes
 
 ARROW_STREAM = "application/vnd.apache.arrow.stream"
-_OPEN_ROUTES = frozenset({"/healthz", "/readyz"})
+_OPEN_ROUTES = frozenset({"/healthz", "/readyz"}) | PAGE
 _SESSION = web.RequestKey("session", str)  # whose key the caller has
 
 
@@ -67,6 +71,7 @@ def make_app(gateway: Gateway, *middlewares: Any) -> web.Application:
             web.get("/healthz", routes.healthz),
             web.get("/readyz", routes.readyz),
             web.get("/metrics", routes.metrics),
+            *viewer_routes(desk_of(gateway)),
             *(
                 route
                 # Anthropic's SDK puts /v1 behind a base URL, OpenAI's does not: either may have it already.
@@ -319,6 +324,7 @@ class _Routes:
     async def _whole(self, request: web.Request, session: Session, decoded: Decoded) -> web.StreamResponse:
         async with self._gateway.api.answering(session, decoded, request.headers) as answering:
             reply = decoded.writer.whole(await answering.dones())
+            await self._keep(request, answering.turn_ids, [reply])
             response = web.Response(body=reply, content_type="application/json")
             with contextlib.suppress(ConnectionError):  # the turn is committed: a retry gets the reply
                 await response.prepare(request)
@@ -341,14 +347,23 @@ class _Routes:
             contextlib.aclosing(answering.pieces()) as pieces,
         ):
             with contextlib.suppress(ConnectionError):  # the client has left: so do we
+                sent: list[bytes] = []
                 async for piece in pieces:
                     if not response.prepared:
                         await response.prepare(request)
                     await response.write(piece)
+                    if self._gateway.wires.is_on:
+                        sent.append(piece)
+                await self._keep(request, answering.turn_ids, sent)
                 if _is_there(request):  # asked now: Codex hangs up as soon as it has read the last event
                     answering.delivered()
                 await response.write_eof()
         return response
+
+    async def _keep(self, request: web.Request, turn_ids: Sequence[str], reply: Sequence[bytes]) -> None:
+        if self._gateway.wires.is_on:
+            exchanged = Exchanged(request.path, await request.read(), b"".join(reply))
+            self._gateway.wires.keep(turn_ids, exchanged)
 
     async def _session(self, request: web.Request) -> Session:
         """The session of an agent's request: from the path, the header, or the credential."""

@@ -23,6 +23,7 @@ from tokentape.gateway.sessions import Session, Sessions
 from tokentape.gateway.turn import Capture, Turns
 from tokentape.gateway.weights import Weights
 from tokentape.gateway.wire import WireConfig
+from tokentape.gateway.wirelog import WireLog
 from tokentape.metrics import Metrics
 from tokentape.model import model_directory, model_sizes
 from tokentape.render import History, Renderer
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 class GatewayConfig:
     """How the gateway answers. `model` is the name it answers to; `max_body_bytes` bounds a request.
 
-    `context_length` in tokens, None to ask the engine.
+    `context_length` in tokens, None to ask the engine. So many `wire_bytes` of the last requests and replies
+    are kept for the viewer.
     """
 
     model: str
@@ -47,6 +49,7 @@ class GatewayConfig:
     strict: bool = False
     max_body_bytes: int = 64 * 2**20
     context_length: int | None = None
+    wire_bytes: int = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,7 @@ class Gateway:
     turns: Turns
     api: AgentApi
     metrics: Metrics
+    wires: WireLog
 
     def summary(self, session: Session) -> Json:
         """What `GET /sessions/{id}` answers."""
@@ -171,7 +175,8 @@ async def parts(config: PartsConfig, *, ask_engine: bool = False) -> AsyncGenera
         api = AgentApi(turns, wires, Admission(config.admission, metrics))
         stack.push_async_callback(api.aclose)
         await stack.enter_async_context(_learning(engine, turns.planner, wait=ask_engine))
-        yield Gateway(config.http, engine, pool, weights, store, sessions, turns, api, metrics)
+        wire_log = WireLog(config.http.wire_bytes)
+        yield Gateway(config.http, engine, pool, weights, store, sessions, turns, api, metrics, wire_log)
 
 
 def _log_format(detected: Detected) -> None:

@@ -1,0 +1,249 @@
+// The table of sessions: filtered, sorted, and followed while they run.
+
+import { Refused, get, of, sessions as ask } from "./api.js";
+import { chip, count, h, later, plain } from "./dom.js";
+import { go, link } from "./route.js";
+
+const PAGE = 500;
+const MOST = 20000; // sessions that are loaded
+const SHOWN = 200; // rows at first, and at each "more"
+const POLL_MS = 1500;
+const AT_ONCE = 4; // questions for counts
+
+const sum = (counts) => Object.values(counts ?? {}).reduce((total, one) => total + one, 0);
+const listed = (counts) => Object.keys(counts ?? {}).join(", ");
+const told = (metadata) => Object.entries(metadata).map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
+
+// name, title, what it is sorted by, whether it is known only once the turns were read
+const COLUMNS = [
+  ["session_id", "session", (row) => row.session_id, false],
+  ["state", "state", (row) => row.state, false],
+  ["labels", "label", (row) => listed(row.labels), true],
+  ["turns", "turns", (row) => row.turns, true],
+  ["branches", "branches", (row) => row.branches, true],
+  ["tokens", "tokens", (row) => row.tokens, true],
+  ["reward", "reward", (row) => row.reward, false],
+  ["failures", "failures", (row) => row.failures && sum(row.failures), true],
+  ["versions", "versions", (row) => listed(row.versions), true],
+  ["created_at", "created", (row) => row.created_at, false],
+  ["metadata", "metadata", (row) => JSON.stringify(row.metadata), false],
+];
+const BY_NAME = new Map(COLUMNS.map((column) => [column[0], column]));
+const ALIASES = { id: "session_id", label: "labels", version: "versions", created: "created_at" };
+const TERM = /^([a-z_]+)(:|>=|<=|>|<|=)(.+)$/;
+
+/** One word of a filter as a test of a row, and whether it needs counts. Words without a column look everywhere. */
+function term(word) {
+  const match = TERM.exec(word);
+  const column = match && BY_NAME.get(ALIASES[match[1]] ?? match[1]);
+  if (!column) {
+    const wanted = word.toLowerCase();
+    return [(row) => `${row.session_id} ${row.state} ${row.group_id ?? ""} ${JSON.stringify(row.metadata)} ${listed(row.labels)}`.toLowerCase().includes(wanted), false];
+  }
+  const [, , valueOf, counted] = column;
+  const [, , sign, text] = match;
+  const wanted = Number(text);
+  const tests = {
+    ":": (value) => String(value ?? "").toLowerCase().includes(text.toLowerCase()),
+    "=": (value) => String(value ?? "") === text,
+    ">": (value) => value > wanted,
+    "<": (value) => value < wanted,
+    ">=": (value) => value >= wanted,
+    "<=": (value) => value <= wanted,
+  };
+  return [(row) => { const value = valueOf(row); return value !== null && value !== undefined && tests[sign](value); }, counted];
+}
+
+export class Sessions {
+  constructor(root, info, live) {
+    this.root = root;
+    this.info = info;
+    this.live = live;
+    this.rows = new Map();
+    this.tags = new Map();
+    this.elements = new Map();
+    this.numShown = SHOWN;
+    this.isGone = false;
+    this.wanted = []; // ids whose counts are asked for
+    this.asking = 0;
+  }
+
+  async open(query) {
+    this.query = query;
+    this.filter = h("input", {
+      type: "search", id: "filter", value: query.q ?? "", "aria-label": "Filter", autocomplete: "off", spellcheck: "false",
+      placeholder: "filter: text, state:open, label:subagent, turns>3, reward<0.5",
+      oninput: later(() => this.change({ q: this.filter.value }), 120),
+    });
+    this.total = h("span", { class: "quiet", role: "status" });
+    this.body = h("tbody");
+    this.heads = COLUMNS.map(([name, title]) =>
+      h("th", { scope: "col", data: { name } }, h("button", { type: "button", onclick: () => this.sort(name) }, title)));
+    this.more = h("button", { type: "button", class: "more", onclick: () => { this.numShown += SHOWN; this.draw(); } }, "More rows");
+    this.root.replaceChildren(
+      h("div", { class: "sessions" },
+        h("div", { class: "bar" }, this.filter, this.total),
+        h("div", { class: "scroll", onkeydown: (event) => this.key(event) },
+          h("table", {}, h("caption", { class: "visually-hidden" }, "Sessions"), h("thead", {}, h("tr", {}, this.heads)), this.body), this.more)),
+    );
+    await this.load();
+    this.follow();
+  }
+
+  /** The same view with another filter or order. */
+  change(query) {
+    this.query = { ...this.query, ...query };
+    this.numShown = SHOWN;
+    go(null, this.query, true);
+    this.draw();
+  }
+
+  sort(name) {
+    this.change({ sort: this.query.sort === name ? `-${name}` : this.query.sort === `-${name}` ? null : name });
+  }
+
+  async load() {
+    let after = "";
+    const seen = new Set();
+    while (seen.size < MOST && !this.isGone) {
+      const page = await ask(after, PAGE);
+      for (const row of page.sessions) {
+        const known = this.rows.get(row.session_id);
+        if (known && known.state !== row.state) this.tags.delete(row.session_id);
+        this.rows.set(row.session_id, { ...known, ...row });
+        seen.add(row.session_id);
+        after = row.session_id;
+      }
+      if (!page.has_more || !page.sessions.length) break;
+      if (seen.size === PAGE) this.draw(); // something to look at, meanwhile
+    }
+    for (const id of this.rows.keys()) if (!seen.has(id)) this.rows.delete(id);
+    this.draw();
+  }
+
+  draw() {
+    if (this.isGone) return;
+    const terms = (this.query.q ?? "").split(/\s+/).filter(Boolean).map(term);
+    const [order, name] = this.query.sort?.startsWith("-") ? [-1, this.query.sort.slice(1)] : [1, this.query.sort];
+    const column = BY_NAME.get(name);
+    if (terms.some(([, counted]) => counted) || column?.[3]) this.count([...this.rows.keys()]);
+    let found = [...this.rows.values()].filter((row) => terms.every(([test]) => test(row)));
+    if (column) {
+      const missing = (value) => value === null || value === undefined;
+      found.sort((a, b) => {
+        const [x, y] = [column[2](a), column[2](b)];
+        if (missing(x) || missing(y)) return missing(x) - missing(y);
+        return order * (typeof x === "string" ? x.localeCompare(String(y), "en", { numeric: true }) : x - y);
+      });
+    }
+    for (const head of this.heads) {
+      if (head.dataset.name === name) head.setAttribute("aria-sort", order > 0 ? "ascending" : "descending");
+      else head.removeAttribute("aria-sort");
+    }
+    this.total.textContent = found.length === this.rows.size ? `${count(found.length)} sessions` : `${count(found.length)} of ${count(this.rows.size)} sessions`;
+    const now = found.slice(0, this.numShown);
+    this.more.hidden = now.length === found.length;
+    this.count(now.map((row) => row.session_id));
+    const focused = document.activeElement?.closest("tr")?.dataset.id;
+    this.elements = new Map(now.map((row) => [row.session_id, this.row(row)]));
+    this.body.replaceChildren(...this.elements.values());
+    if (!now.length) this.body.append(h("tr", {}, h("td", { colspan: COLUMNS.length, class: "empty" }, this.rows.size ? "No session is like that." : "No sessions yet.")));
+    if (focused) this.elements.get(focused)?.querySelector("a").focus({ preventScroll: true });
+  }
+
+  row(row, changed = false) {
+    const created = row.created_at === null ? "" : new Date(row.created_at * 1000).toISOString().slice(0, 19).replace("T", " ");
+    const cells = {
+      session_id: h("td", { class: "wide mono" }, h("a", { href: link(row.session_id) }, plain(row.session_id))),
+      state: h("td", {}, chip(row.state, row.state)),
+      labels: h("td", {}, Object.entries(row.labels ?? {}).map(([label, number]) => [chip(number > 1 ? `${label} ${number}` : label), " "])),
+      turns: h("td", { class: "number" }, count(row.turns)),
+      branches: h("td", { class: "number" }, count(row.branches)),
+      tokens: h("td", { class: "number" }, count(row.tokens)),
+      reward: h("td", { class: "number" }, row.reward === null ? "" : String(Math.round(row.reward * 1e4) / 1e4)),
+      failures: h("td", {}, Object.entries(row.failures ?? {}).map(([kind, number]) => [chip(`${kind} ${number}`, "bad"), " "])),
+      versions: h("td", { class: "wide mono" }, plain(listed(row.versions))),
+      created_at: h("td", { class: "quiet" }, created),
+      metadata: h("td", { class: "rest quiet mono", title: plain(JSON.stringify(row.metadata)) }, plain(told(row.metadata))),
+    };
+    return h("tr", { data: { id: row.session_id }, class: changed ? "changed" : null }, COLUMNS.map(([name]) => cells[name]));
+  }
+
+  /** Ask for the counts of these sessions, a few at a time; what is asked for last comes first. */
+  count(ids, again = false) {
+    const missing = ids.filter((id) => again || !this.tags.has(id));
+    this.wanted = [...new Set([...missing, ...this.wanted])];
+    while (this.asking < AT_ONCE && this.wanted.length) this.one(this.wanted.shift());
+  }
+
+  async one(id) {
+    this.asking += 1;
+    try {
+      const known = this.tags.get(id) ?? null;
+      this.tags.set(id, known);
+      const row = await get(of(id, "summary"), {}, known);
+      if (row !== null && this.rows.has(id) && !this.isGone) {
+        this.tags.set(id, row.tag);
+        this.rows.set(id, row);
+        const before = this.elements.get(id);
+        if (before) {
+          const after = this.row(row, known !== null);
+          const hadFocus = before.contains(document.activeElement);
+          before.replaceWith(after);
+          this.elements.set(id, after);
+          if (hadFocus) after.querySelector("a").focus({ preventScroll: true });
+        }
+        if (BY_NAME.get(this.query.sort?.replace("-", ""))?.[3] || this.query.q) this.redraw();
+      }
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error; // it has just been deleted
+    } finally {
+      this.asking -= 1;
+      if (this.wanted.length && !this.isGone) this.count([]);
+    }
+  }
+
+  redraw = later(() => this.draw(), 100);
+
+  /** Look again while the page can be seen. */
+  follow() {
+    if (this.info.kind === "file") return;
+    this.live(true);
+    let ticks = 0;
+    const tick = async () => {
+      if (this.isGone) return;
+      if (document.visibilityState === "visible") {
+        try {
+          ticks += 1;
+          const before = this.rows.size;
+          if (this.rows.size <= PAGE || ticks % 10 === 0) await this.load();
+          if (this.rows.size === before) this.count([...this.elements.keys()].filter((id) => this.rows.get(id)?.state === "open"), true);
+          this.live(true);
+        } catch (error) {
+          this.live(false, error.message);
+        }
+      }
+      this.timer = setTimeout(tick, POLL_MS);
+    };
+    this.timer = setTimeout(tick, POLL_MS);
+  }
+
+  key(event) {
+    const step = { ArrowDown: 1, j: 1, ArrowUp: -1, k: -1 }[event.key];
+    const links = [...this.body.querySelectorAll("a")];
+    if (!step || !links.length) return;
+    const at = links.indexOf(document.activeElement);
+    links[Math.min(Math.max(at + step, 0), links.length - 1)].focus();
+    event.preventDefault();
+  }
+
+  first() {
+    this.body.querySelector("a")?.focus();
+  }
+
+  close() {
+    this.isGone = true;
+    clearTimeout(this.timer);
+    this.live(false);
+  }
+}

@@ -1,0 +1,469 @@
+"""What the page is told: every number is the tape's own, whatever the sessions come from."""
+
+import json
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gatewaykit import (
+    CLOCK,
+    END,
+    TOKENIZER,
+    USER,
+    WEATHER,
+    Agent,
+    Gateway,
+    call,
+    cut,
+    drifts,
+    gateway_for,
+    sampled,
+)
+from tokentape.engines.server import serve
+from tokentape.errors import ConfigError, NotFound
+from tokentape.export import stored_samples, write_parquet
+from tokentape.gateway.wirelog import Exchanged, WireLog
+from tokentape.store import SQLiteStore
+from tokentape.stores import open_store
+from tokentape.testing import FakeSGLang, Reply, pseudo_logprob
+from tokentape.tokenizer import Tokenizer
+from tokentape.viewer.app import make_app
+from tokentape.viewer.desk import Desk
+from tokentape.viewer.files import FileSource
+from tokentape.viewer.glyphs import Glyphs, visible, width
+from tokentape.viewer.source import Source
+from tokentape.viewer.stored import StoreSource
+from tokentape.viewer.strip import first_difference
+
+Json = dict[str, Any]
+
+
+async def episode(fake: FakeSGLang, gateway: Gateway, **created: Any) -> str:
+    """Three turns with a tool call, a fork of the second, and a sub-agent; finished."""
+    session_id = await gateway.create(session_id="one", metadata={"task": "weather"}, **created)
+    agent = Agent(gateway, session_id, {"tools": [WEATHER, CLOCK]})
+    fake.script(sampled(call("weather", {"city": "the world"}), seed=1))
+    await agent.turn(USER)
+    before, results = list(agent.messages), agent.results()
+    fake.weight_version = "two"
+    fake.script(sampled("hello the weather is hello", seed=3), cut("hello", seed=4))
+    await agent.turn(*results)
+    await agent.turn({"role": "user", "content": "the world"})
+    agent.messages = before
+    fake.script(sampled(call("weather", '{"city": '), seed=5), sampled("the system", seed=6))
+    await agent.turn(*results)
+    await Agent(gateway, session_id).turn({"role": "user", "content": "title"})
+    await gateway.ok("POST", f"/sessions/{session_id}/finish", {"reward": 0.5})
+    return session_id
+
+
+async def sources(store: Path, tmp_path: Path) -> list[Source]:
+    """The same sessions out of the store, and out of an exported file."""
+    opened = open_store(store, readonly=True)
+    await write_parquet(tmp_path / "f.parquet", stored_samples(opened))
+    return [StoreSource(opened, "store"), FileSource(tmp_path / "f.parquet")]
+
+
+async def all_tokens(gateway: Gateway, path: str, num_tokens: int) -> Json:
+    """A branch's tokens, asked for in pieces of 7."""
+    out: Json = {"ids": [], "texts": [], "hex": [], "logprobs": []}
+    for start in range(0, num_tokens, 7):
+        piece = await gateway.ok("GET", f"{path}/tokens?start={start}&end={min(start + 7, num_tokens)}")
+        for name, values in out.items():
+            values += piece[name]
+    return out
+
+
+async def test_tokens_are_the_tapes(fake: FakeSGLang, gateway: Gateway) -> None:
+    session_id = await episode(fake, gateway)
+    session = await gateway.ok("GET", f"/sessions/{session_id}/view")
+    samples = {sample["sample_id"]: sample for sample in await gateway.samples(session_id)}
+    assert {branch["branch_id"] for branch in session["branches"]} == set(samples)
+    for branch_id, sample in samples.items():
+        path = f"/sessions/{session_id}/view/{branch_id}"
+        head = await gateway.ok("GET", path)
+        ids = sample["token_ids"]
+        tokens = await all_tokens(gateway, path, len(ids))
+        assert tokens["ids"] == ids
+        assert b"".join(map(bytes.fromhex, tokens["hex"])).decode() == TOKENIZER.decode(
+            ids, skip_special_tokens=False
+        )
+        assert (head["num_tokens"], head["num_trained"]) == (len(ids), sum(sample["loss_mask"]))
+        mask = [0] * len(ids)
+        known: list[float | None] = [None] * len(ids)
+        for turn, recorded in zip(head["turns"], sample["turns"], strict=True):
+            assert (turn["turn_id"], turn["start"], turn["end"]) == tuple(
+                recorded[k] for k in ("turn_id", "start", "end")
+            )
+            span = range(turn["start"], turn["end"])
+            for at in span:
+                mask[at] = int(turn["trained"])
+                known[at] = round(array("f", [pseudo_logprob(ids[at], at - turn["start"])])[0], 6)
+        assert mask == sample["loss_mask"]
+        assert tokens["logprobs"] == known  # also where another branch trains them
+        assert all(r is None or abs(r - t) < 1e-6 for r, t in zip(sample["logprobs"], known, strict=True))
+        lines = await gateway.ok("GET", f"{path}/lines?columns=40")
+        starts = lines["starts"]
+        assert starts == sorted(set(starts))
+        assert {turn["begin"] for turn in head["turns"]} | {turn["start"] for turn in head["turns"]} <= {
+            *starts,
+            len(ids),
+        }
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            line = tokens["texts"][start:end]
+            assert width("".join(line)) <= 40 or len(line) == 1
+            assert not any("⏎" in text for text in line[:-1])
+
+
+async def test_the_tree_and_the_table(fake: FakeSGLang, gateway: Gateway) -> None:
+    session_id = await episode(fake, gateway)
+    session = await gateway.ok("GET", f"/sessions/{session_id}/view")
+    shown = await gateway.show(session_id)
+    summary = await gateway.ok("GET", f"/sessions/{session_id}/view/summary")
+    assert summary == session["summary"]
+    same = {
+        "turns": "turns",
+        "branches": "branches",
+        "labels": "labels",
+        "tokens": "tokens",
+        "sampled": "sampled_tokens",
+        "versions": "weight_versions",
+        "failures": "failures",
+        "reward": "reward",
+        "reasons": "branch_reasons",
+    }
+    assert {name: summary[name] for name in same} == {name: shown[other] for name, other in same.items()}
+    assert Counter(turn["reason"] for turn in session["turns"] if turn["reason"]) == shown["branch_reasons"]
+    table = await gateway.ok("GET", "/ui/api/sessions?limit=1")
+    assert [row["session_id"] for row in table["sessions"]] == [session_id]
+    assert not table["has_more"]
+
+
+async def test_attempts_stand_at_their_tokens(fake: FakeSGLang, gateway: Gateway) -> None:
+    session_id = await episode(fake, gateway)
+    session = await gateway.ok("GET", f"/sessions/{session_id}/view")
+    seen = set()
+    for branch in session["branches"]:
+        path = f"/sessions/{session_id}/view/{branch['branch_id']}"
+        for turn in (await gateway.ok("GET", path))["turns"]:
+            for attempt in turn["attempts"]:
+                start, end = attempt["tokens"]
+                piece = await gateway.ok("GET", f"{path}/tokens?start={start}&end={end}")
+                text = b"".join(map(bytes.fromhex, piece["hex"])).decode()
+                assert text.startswith("<tool_call>")
+                assert text.rstrip().endswith("</tool_call>")
+                seen.add(attempt["status"])
+    assert seen == {"ok", "invalid_json"}
+
+
+async def test_drift_is_where_encoding_again_differs(fake: FakeSGLang, gateway: Gateway) -> None:
+    session_id = await episode(fake, gateway)
+    found = 0
+    for sample in await gateway.samples(session_id):
+        said = await gateway.ok("GET", f"/sessions/{session_id}/view/{sample['sample_id']}/drift")
+        for turn in sample["turns"]:
+            ids = sample["token_ids"][turn["start"] : turn["end"]]
+            mine = [one for one in said["drifts"] if one["turn_id"] == turn["turn_id"]]
+            assert bool(mine) == drifts(ids)
+            again = list(ids)
+            for one in reversed(mine):  # put in place of what was sampled, they are the other encoding
+                again[one["start"] - turn["start"] : one["end"] - turn["start"]] = one["ids"]
+                assert one["ids"] != ids[one["start"] - turn["start"] : one["end"] - turn["start"]]
+            assert again == TOKENIZER.encode(TOKENIZER.decode(ids, skip_special_tokens=False)).ids
+            found += len(mine)
+    assert found
+
+
+async def test_search(fake: FakeSGLang, gateway: Gateway) -> None:
+    session_id = await episode(fake, gateway)
+    sample = max(await gateway.samples(session_id), key=lambda one: len(one["token_ids"]))
+    ids, path = sample["token_ids"], f"/sessions/{session_id}/view/{sample['sample_id']}"
+    text = TOKENIZER.decode(ids, skip_special_tokens=False)
+    for wanted in ("weather", "HELLO", "the wor", "<|im_end|>"):
+        found = await gateway.ok(
+            "GET", f"{path}/search?q={wanted.replace('<|', '%3C%7C').replace('|>', '%7C%3E')}"
+        )
+        assert found["num_hits"] == len(found["hits"]) == text.lower().count(wanted.lower()) > 0
+        for start, end in found["hits"]:
+            touched = TOKENIZER.decode(ids[start:end], skip_special_tokens=False).lower()
+            assert wanted.lower() in touched
+            assert (
+                wanted.lower()
+                not in TOKENIZER.decode(ids[start + 1 : end], skip_special_tokens=False).lower()
+            )
+    found = await gateway.ok("GET", f"{path}/search?q=%23{END}")
+    assert [start for start, _ in found["hits"]] == [at for at, i in enumerate(ids) if i == END]
+
+
+async def test_a_store_and_a_file_say_the_same(
+    fake: FakeSGLang, gateway: Gateway, store: Path, tmp_path: Path
+) -> None:
+    session_id = await episode(fake, gateway)
+    live = await gateway.ok("GET", f"/sessions/{session_id}/view")
+    stored, filed = [Desk(source) for source in await sources(store, tmp_path)]
+    assert json.loads(json.dumps(await stored.session(session_id), default=str)) == {
+        k: live[k] for k in ("summary", "turns", "branches")
+    }
+    other = await filed.session(session_id)
+    assert other["summary"] | {"state": "finished"} == live["summary"] | {
+        "created_at": None,
+        "reasons": other["summary"]["reasons"],
+    }
+    assert [branch["branch_id"] for branch in other["branches"]] == [
+        branch["branch_id"] for branch in live["branches"]
+    ]
+    assert other["branches"] == live["branches"]
+    parents = {turn["turn_id"]: turn["parent_id"] for turn in live["turns"]}
+    assert {turn["turn_id"]: turn["parent_id"] for turn in other["turns"]} == parents
+    for branch in live["branches"]:
+        mine = await stored.branch(session_id, branch["branch_id"])
+        its = await filed.branch(session_id, branch["branch_id"])
+        for a, b in zip(mine["turns"], its["turns"], strict=True):
+            same = (
+                "turn_id",
+                "begin",
+                "start",
+                "end",
+                "trained",
+                "given",
+                "reply",
+                "num_given",
+                "num_sampled",
+            )
+            assert {name: a[name] for name in same} == {name: b[name] for name in same}
+        a, b = [await desk.tokens(session_id, branch["branch_id"], 0, 4000) for desk in (stored, filed)]
+        assert a["ids"] == b["ids"]
+        trained = [at for t in mine["turns"] if t["trained"] for at in range(t["start"], t["end"])]
+        assert [a["logprobs"][at] for at in trained] == [b["logprobs"][at] for at in trained]
+    page = await filed.sessions("", 10)
+    assert [row["session_id"] for row in page["sessions"]] == [session_id]
+    for desk in (stored, filed):
+        with pytest.raises(NotFound):
+            await desk.session("nobody")
+        with pytest.raises(NotFound):
+            await desk.branch(session_id, "no turn")
+
+
+async def test_another_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "f.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ConfigError, match="not a Parquet file of samples"):
+        FileSource(tmp_path / "f.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "f.parquet")
+    with pytest.raises(ConfigError, match="it has no column 'session_id'"):
+        FileSource(tmp_path / "f.parquet")
+
+
+async def test_an_older_file(fake: FakeSGLang, gateway: Gateway, store: Path, tmp_path: Path) -> None:
+    session_id = await episode(fake, gateway)
+    await sources(store, tmp_path)
+    rows = pq.read_table(tmp_path / "f.parquet").to_pylist()
+    later = ("group_id", "label", "label_by", "sampling_logprobs", "support", "routed_experts")
+    for row in rows:
+        for name in later:
+            del row[name]
+        for turn in row["turns"]:
+            for name in ("label", "logprob_basis", "reward"):
+                del turn[name]
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"tokentape.schema_version": "1"})
+    pq.write_table(table, tmp_path / "old.parquet")
+    desk = Desk(FileSource(tmp_path / "old.parquet"))
+    session = await desk.session(session_id)
+    assert session["summary"]["labels"] == {}
+    assert len(session["branches"]) == len(rows)
+    head = await desk.branch(session_id, rows[0]["sample_id"])
+    assert head["turns"][0]["logprob_basis"] == "sampled"
+
+
+async def test_a_session_in_postgres(fake: FakeSGLang, model_dir: Path, database: str) -> None:
+    """Looked at beside the gateway that holds it, which goes on writing."""
+    async with gateway_for(fake.url, model_dir, database) as gateway:
+        session_id = await gateway.create()
+        fake.responder = lambda _: sampled("hello")
+        agent = Agent(gateway, session_id)
+        await agent.turn(USER)
+        opened = open_store(database, readonly=True)
+        desk = Desk(StoreSource(opened, "PostgreSQL"))
+        assert (await desk.session(session_id))["summary"]["turns"] == 1
+        await agent.turn(USER)
+        assert (await gateway.show(session_id))["turns"] == 2
+        await opened.aclose()
+
+
+# -- versions, the wire, keys
+
+
+async def test_nothing_is_sent_where_nothing_changed(fake: FakeSGLang, gateway: Gateway) -> None:
+    session_id = await gateway.create()
+    fake.responder = lambda _: sampled("hello")
+    path = f"/sessions/{session_id}/view"
+    tags = set()
+    for change in (None, "turn", "finish"):
+        if change == "turn":
+            await gateway.chat(session_id, [USER])
+        elif change == "finish":
+            await gateway.ok("POST", f"/sessions/{session_id}/finish", {"reward": 1.0})
+        answer = await gateway.request("GET", path)
+        tags.add(answer.headers["ETag"])
+        again = await gateway.request("GET", path, headers={"If-None-Match": answer.headers["ETag"]})
+        assert (again.status, again.body) == (304, b"")
+    assert len(tags) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_wire_is_kept(fake: FakeSGLang, gateway: Gateway, *, stream: bool) -> None:
+    session_id = await gateway.create()
+    fake.script(sampled("hello", seed=1))
+    body = {"model": "policy", "messages": [USER], "stream": stream, "user": "\u00e9"}
+    answer = await gateway.post(session_id, json.dumps(body).encode())
+    [turn] = (await gateway.ok("GET", f"/sessions/{session_id}/view"))["turns"]
+    wire = await gateway.ok("GET", f"/sessions/{session_id}/view/{turn['turn_id']}/wire")
+    assert wire["request"] == json.dumps(body)
+    assert wire["path"].endswith("/v1/chat/completions")
+    if stream:
+        assert wire["reply"].encode() == answer.body
+        assert wire["reply"].endswith("data: [DONE]\n\n")
+    else:
+        assert json.loads(wire["reply"]) == answer.body
+
+
+async def test_the_wire_is_not_kept(fake: FakeSGLang, model_dir: Path, store: Path) -> None:
+    async with gateway_for(fake.url, model_dir, store, http={"wire_bytes": 0}) as gateway:
+        session_id = await gateway.create()
+        fake.script(sampled("hello", seed=1))
+        reply = await gateway.chat(session_id, [USER])
+        turn_id = reply["tokentape"]["turn_id"]
+        assert await gateway.ok("GET", f"/sessions/{session_id}/view/{turn_id}/wire") == {"kept": False}
+        assert not (await gateway.ok("GET", "/ui/api/info"))["has_wire"]
+
+
+def test_the_wire_log_is_bounded() -> None:
+    kept = WireLog(10_000)
+    for number in range(100):
+        kept.keep([f"a{number}", f"b{number}"], Exchanged("/p", b"q" * 500, b"r" * number))
+        assert kept.num_bytes <= 10_000
+    assert kept.of("a99") == kept.of("b99") == {"path": "/p", "request": "q" * 500, "reply": "r" * 99}
+    assert kept.of("a0") is None
+    kept.keep(["a99", "b99"], Exchanged("/p", b"", b"\xff"))  # the same turns again
+    assert kept.of("b99") == {"path": "/p", "request": "", "reply": "\\xff"}
+    kept.keep(["large"], Exchanged("/p", b"", b"r" * 10_000))
+    assert kept.of("large") is None
+    assert kept.of("a99") is not None
+
+
+async def test_data_needs_the_key_and_the_page_does_not(
+    fake: FakeSGLang, model_dir: Path, store: Path
+) -> None:
+    async with gateway_for(fake.url, model_dir, store, http={"api_key": "k"}) as gateway:
+        key = {"Authorization": "Bearer k"}
+        created = await gateway.request("POST", "/sessions", {}, key)
+        session_id, own = created.body["session_id"], {"Authorization": f"Bearer {created.body['api_key']}"}
+        data = (
+            "/ui/api/info",
+            "/ui/api/sessions",
+            f"/sessions/{session_id}/view",
+            f"/sessions/{session_id}/view/summary",
+            f"/sessions/{session_id}/view/t/tokens",
+            "/ui/nothing.js",
+        )
+        for path in data:
+            assert (await gateway.request("GET", path)).status == 401
+            assert (
+                await gateway.request("GET", path, headers=own)
+            ).status == 401  # a session's key is its agent's
+        assert (await gateway.request("GET", data[2], headers=key)).status == 200
+        for path in ("/ui", "/ui/", "/ui/main.js", "/ui/style.css"):
+            await checked_headers(gateway, path)
+
+
+async def test_the_viewer_alone_needs_its_key(store: Path) -> None:
+    SQLiteStore(store)
+    app = make_app(Desk(StoreSource(open_store(store, readonly=True), "s")), "k")
+    async with serve(app) as url, aiohttp.ClientSession() as client:
+        gateway = Gateway(url, client)
+        assert (await gateway.request("GET", "/ui/api/info")).status == 401
+        answer = await gateway.request("GET", "/ui/api/info", headers={"Authorization": "Bearer k"})
+        assert (answer.status, answer.body["kind"]) == (200, "store")
+        assert (await gateway.request("GET", "/")).status == 200  # leads to the page
+        assert (
+            await gateway.request("GET", "/elsewhere", headers={"Authorization": "Bearer k"})
+        ).status == 404
+        await checked_headers(gateway, "/ui/")
+
+
+async def checked_headers(gateway: Gateway, path: str) -> None:
+    answer = await gateway.request("GET", path)
+    assert answer.status == 200
+    policy = answer.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'")
+    assert "unsafe" not in policy
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/ui/api/sessions?limit=0",
+            "/ui/api/sessions?limit=x",
+            "/sessions/{}/view/{}/tokens?start=5&end=4",
+        ),
+        *("/sessions/{}/view/{}/tokens?start=0&end=99999", "/sessions/{}/view/{}/lines?columns=1"),
+        *("/sessions/{}/view/{}/scores", "/sessions/{}/view/{}/tokens?start=-1"),
+    ],
+)
+async def test_refusals(fake: FakeSGLang, gateway: Gateway, path: str) -> None:
+    session_id = await gateway.create()
+    fake.script(Reply([END]))
+    turn_id = (await gateway.chat(session_id, [USER]))["tokentape"]["turn_id"]
+    assert (await gateway.request("GET", path.format(session_id, turn_id))).status == 400
+    assert (await gateway.request("GET", path.format("nobody", turn_id))).status in (400, 404)
+
+
+# -- texts
+
+
+def test_everything_can_be_seen() -> None:
+    for hostile in (
+        "\u202eabc",
+        "a\u200bb",
+        "\x00\x1b\x7f",
+        "\ud800",
+        "\u2028",
+        "\ue000",
+        "\ufeff",
+        "\U000e0041",
+    ):
+        shown = visible(hostile)
+        assert "⟨U+" in shown
+        assert all(c.isprintable() for c in shown), ascii(shown)
+    assert visible("a\tb\n") == "a⇥b⏎"
+    assert visible("\u0301a") == "◌\u0301a"
+    assert (width("日本"), width("e\u0301"), width("ab")) == (4, 1, 2)
+
+
+def test_glyphs_of_all_ids(model_dir: Path) -> None:
+    tokenizer = Tokenizer(model_dir / "tokenizer.json", num_ids=400)
+    glyphs = Glyphs(tokenizer)
+    for token_id in (*range(400), 10**6, 2**31 - 1):
+        glyph = glyphs.of(token_id)
+        assert glyph.text.isprintable()
+        assert glyph.columns == width(glyph.text) > 0
+        assert bytes.fromhex(glyph.hex) == glyphs.bytes_of(token_id)
+    assert Glyphs(None).of(17).text == " 17"
+
+
+def test_first_difference() -> None:
+    a = array("i", range(1000))
+    assert first_difference(a, a) is None
+    assert first_difference(a, a[:10]) == 10
+    for at in (0, 1, 511, 999):
+        b = array("i", a)
+        b[at] = -1
+        assert first_difference(a, b) == at
+    assert first_difference(array("i"), array("i")) is None
