@@ -1,0 +1,182 @@
+"""The manual: built without a warning, whole inside, without anything from elsewhere; its tutorial as written."""
+
+import asyncio
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from manualkit import DOCS, ROOT, snippets
+
+START_TIMEOUT_S = 120.0
+
+
+class Links(HTMLParser):
+    """The ids of a page, what it links to, and what a browser loads for it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.ids |= {found[name] for name in ("id", "name") if name in found}
+        if tag == "a" and "href" in found:
+            self.links.append(found["href"])
+        if tag == "link" and found.get("rel") in ("stylesheet", "icon", "preload", "preconnect", "modulepreload"):
+            self.loaded.append(found["href"])
+        if tag in ("script", "img", "iframe", "source", "video") and "src" in found:
+            self.loaded.append(found["src"])
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built manual."""
+    target = tmp_path_factory.mktemp("manual")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)],
+        cwd=ROOT, capture_output=True, text=True, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
+    return target
+
+
+def environment() -> dict[str, str]:
+    """The package of this checkout, whatever is installed; no advertisement of the theme's in the output."""
+    import os
+
+    return {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
+
+
+@pytest.fixture(scope="session")
+def pages(site: Path) -> dict[Path, Links]:
+    return {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+
+
+def broken(pages: dict[Path, Links]) -> Iterator[str]:
+    """Links of these pages that lead to no file or no place in one."""
+    for path, page in pages.items():
+        for link in page.links:
+            url = urlsplit(link)
+            if url.scheme or url.netloc or path.name == "404.html":
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            target = target / "index.html" if target.is_dir() else target
+            if not target.is_file():
+                yield f"{path.name}: {link}: no such file"
+            elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids:
+                yield f"{path.name}: {link}: no such place"
+
+
+def test_every_link_inside_leads_somewhere(site: Path, pages: dict[Path, Links]) -> None:
+    assert len(pages) > 40
+    assert [*broken(pages)] == []
+    bad = site / "index.html"
+    control = Links('<a href="nowhere.html">a</a><a href="tapes.html#nowhere">b</a><a href="tapes.html#samples">c</a>')
+    assert len([*broken({**pages, bad: control})]) == 2, "the checker can fail"
+
+
+def test_nothing_comes_from_elsewhere(site: Path, pages: dict[Path, Links]) -> None:
+    loaded = {url for page in pages.values() for url in page.loaded}
+    assert loaded
+    assert [url for url in loaded if urlsplit(url).netloc] == []
+    for sheet in site.rglob("*.css"):
+        urls = re.findall(r"""(?:url\(|@import\s+)["']?([^"')]+)""", sheet.read_text(encoding="utf-8"))
+        assert [url for url in urls if urlsplit(url).netloc] == [], sheet.name
+
+
+def test_every_page_is_in_the_navigation(site: Path) -> None:
+    """Strict mode warns of one that is not; this says that the mode is on, and that all pages were built."""
+    assert "omitted_files: warn" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.rglob("*.md"):
+        assert (site / page.relative_to(DOCS).with_suffix(".html")).is_file(), page
+
+
+def test_pictures_say_what_they_show(pages: dict[Path, Links], site: Path) -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md"))
+    for picture in (DOCS / "images").iterdir():
+        alts = re.findall(rf"!\[([^\]]*)\]\([^)]*images/{picture.name}\)", text)
+        assert alts, f"{picture.name} is shown nowhere"
+        assert all(len(alt) > 40 for alt in alts), picture.name
+        assert "style>" not in picture.read_text(encoding="utf-8"), "it would hold for the whole page"
+    built = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.html"))
+    assert built.count('<figure class="picture"><svg role="img"') >= len([*(DOCS / "images").iterdir()])
+
+
+# -- the tutorial
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+async def test_the_tutorial_as_written(tmp_path: Path) -> None:
+    """Its files are written, its commands run in their order; only ports are others."""
+    page = DOCS / "start" / "tutorial.md"
+    ports = {"30000": str(free_port()), "8000": str(free_port())}
+
+    def here(text: str) -> str:
+        return re.sub(r"\b(30000|8000)\b", lambda match: ports[match[1]], text)
+
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    for _, code in snippets("python", [page]):
+        (tmp_path / code.splitlines()[0].removeprefix("# ")).write_text(here(code), encoding="utf-8")
+    servers, said = [], ""
+    try:
+        for _, block in snippets("console", [page]):
+            for line in here(block).splitlines():
+                words = line.split()
+                command = [sys.executable, *(["-m"] if words[0] == "tokentape" else words[1:2])]
+                command += words if words[0] == "tokentape" else []
+                if words[:2] in (["tokentape", "engine"], ["tokentape", "serve"]):
+                    port = [] if "--port" in words else ["--port", ports["8000"]]
+                    servers.append(await started([*command, *port], tmp_path))
+                else:
+                    said += await done(command, tmp_path)
+    finally:
+        for server in servers:
+            server.terminate()
+            await server.wait()
+    assert said.count("What") + said.count(" = ?") or said
+    assert re.search(r"reward [01]\.0, [1-9]\d* of \d+ tokens trained", said)
+    assert re.search(r"[1-9]\d* of [1-9]\d* turns do not encode back", said)
+    assert (tmp_path / "verl.parquet").is_file()
+
+
+async def started(command: list[str], directory: Path) -> asyncio.subprocess.Process:
+    """A server, when it has said where it listens."""
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=directory, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
+    assert line.startswith(b"listening on "), command
+    return process
+
+
+async def done(command: list[str], directory: Path) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=directory, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    return out.decode()
+
+
+def test_make_manual_says_where(tmp_path: Path) -> None:
+    assert shutil.which("make") is None or "site/index.html" in subprocess.run(
+        ["make", "--dry-run", "manual"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout  # fmt: skip
