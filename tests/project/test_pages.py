@@ -1,40 +1,37 @@
 """The pages tell the truth: their snippets run, their commands exist, the README's tree is the tree."""
 
+import asyncio
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
+from manualkit import PAGES, RECORDED, ROOT, needs, snippets, write_recorded
 from tokentape.cli import main
 from tokentape.testing import FakeSGLang, Reply, byte_level_tokenizer, write_model_dir
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 GATEWAY = "http://127.0.0.1:8000"
 ENGINE, MODEL = "http://127.0.0.1:30000", "Qwen/Qwen3-8B"
-
-
-def snippets(language: str) -> Iterator[tuple[str, str]]:
-    for page in PAGES:
-        for number, match in enumerate(FENCE.finditer(page.read_text()), 1):
-            if match[1] == language:
-                yield f"{page.name}-{number}", match[2]
+# Run elsewhere: the tutorial's files as written, `episode.py` with the trainers' pages that share it.
+ELSEWHERE = ("start/tutorial.md", "trainers.md-2")
 
 
 def pytest_params(language: str) -> list[object]:
-    return [pytest.param(code, id=name) for name, code in snippets(language)]
+    """Of all pages, but for those that another test runs, and those that need a package not all have."""
+    found = [(name, code) for name, code in snippets(language) if not name.startswith(ELSEWHERE)]
+    return [pytest.param(code, id=name) for name, code in found if not needs(code) and "from episode" not in code]
 
 
 @pytest.mark.parametrize("code", pytest_params("python"))
 async def test_python_snippets_run(code: str, tmp_path: Path) -> None:
+    if RECORDED in code:
+        await write_recorded(tmp_path)
     if GATEWAY not in code and ENGINE not in code:
-        await run_python(code)
+        await run_python(code, tmp_path)
         return
     from tokentape.engines.sglang import SGLangConfig
     from tokentape.gateway.service import ServiceConfig, running
@@ -48,18 +45,16 @@ async def test_python_snippets_run(code: str, tmp_path: Path) -> None:
             model=str(tmp_path), engine=SGLangConfig(fake.url), store=tmp_path / "s.sqlite"
         )
         if ENGINE in code:
-            said = await run_python(code.replace(ENGINE, fake.url).replace(MODEL, str(tmp_path)))
+            said = await run_python(code.replace(ENGINE, fake.url).replace(MODEL, str(tmp_path)), tmp_path)
         else:
             async with running(config) as url:
-                said = await run_python(code.replace(GATEWAY, url))
+                said = await run_python(code.replace(GATEWAY, url), tmp_path)
     assert re.search(r"[1-9]\d* trained, reward 1\.0", said)
 
 
-async def run_python(code: str) -> str:
-    import asyncio
-
+async def run_python(code: str, directory: Path) -> str:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-W", "error", "-c", code, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        sys.executable, "-W", "error", "-c", code, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     out, err = await process.communicate()
     assert process.returncode == 0, err.decode()
