@@ -16,14 +16,17 @@ from tokentape.testing import FakeSGLang, Reply, byte_level_tokenizer, write_mod
 
 GATEWAY = "http://127.0.0.1:8000"
 ENGINE, MODEL = "http://127.0.0.1:30000", "Qwen/Qwen3-8B"
-# Run elsewhere: the tutorial's files as written, `episode.py` with the trainers' pages that share it.
-ELSEWHERE = ("start/tutorial.md", "trainers.md-2")
+TUTORIAL = "start/tutorial.md"
 
 
 def pytest_params(language: str) -> list[object]:
-    """Of all pages, but for those that another test runs, and those that need a package not all have."""
-    found = [(name, code) for name, code in snippets(language) if not name.startswith(ELSEWHERE)]
-    return [pytest.param(code, id=name) for name, code in found if not needs(code) and "from episode" not in code]
+    """All but what is run elsewhere: the tutorial's files, and those of the trainers' pages that share one."""
+    return [
+        pytest.param(code, id=name)
+        for name, code in snippets(language)
+        if not (language == "python" and name.startswith(TUTORIAL))
+        and not (needs(code) or "from episode" in code or code.startswith("# episode.py"))
+    ]
 
 
 @pytest.mark.parametrize("code", pytest_params("python"))
