@@ -35,7 +35,8 @@ from world import Worker
 
 from tokentape.engines.pool import PoolConfig
 from tokentape.engines.sglang import SGLangConfig
-from tokentape.gateway.replicas import PASSED_ON, places
+from tokentape.gateway.passing import PASSED_ON
+from tokentape.gateway.replicas import places
 from tokentape.gateway.service import ServiceConfig
 from tokentape.scale import Cluster, ScaleConfig
 from tokentape.testing import write_model_dir

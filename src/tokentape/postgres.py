@@ -155,7 +155,6 @@ class PostgresStore:
             raise StoreError(f"turn {turns[0].turn_id} cannot be stored: {error}") from error
         given = {f"{name}{index}": value for index, row in enumerate(rows) for name, value in row.items()}
         given["session_id"] = session_id
-
         given["turn_ids"] = [turn.turn_id for turn in turns]
 
         async def run(connection: Connection, again: bool) -> None:
@@ -196,11 +195,17 @@ class PostgresStore:
         return [(row["version"], row["said_by"]) for row in rows]
 
     async def delete(self, session_id: str) -> None:
-        """Remove a session and all that belongs to it."""
+        """Remove a session and all that belongs to it.
+
+        Raises:
+            LeaseLost: another replica has taken it.
+        """
 
         async def run(connection: Connection, again: bool) -> None:
             del again
-            await connection.execute(DELETE, {"session_id": session_id, "me": self.replica_id})
+            given = {"session_id": session_id, "me": self.replica_id}
+            [found] = await _rows(connection, DELETE, given)
+            self._check_held(session_id, held=not found["there"])
             self._fences.pop(session_id, None)
             self._confirmed.pop(session_id, None)
 
@@ -348,9 +353,9 @@ class PostgresStore:
         began = time.monotonic()
         async with self._pool.connection() as connection:
             given = {"me": self.replica_id, "url": self._url, "lease_s": self.lease_s}
-            await connection.execute(RENEW, given)
-        if self._valid_until < began:  # others may have taken sessions meanwhile: each is asked for again
-            self._num_lapses += 1
+            [found] = await _rows(connection, RENEW, given)
+        if self._valid_until < began or found["is_new"]:
+            self._num_lapses += 1  # others may have taken sessions meanwhile: each is asked for again
         self._valid_until = began + self.lease_s
 
     async def _renew_for_ever(self) -> None:

@@ -59,8 +59,10 @@ DELETE = """
 WITH gone AS (
     DELETE FROM sessions WHERE session_id = %(session_id)s AND holder = %(me)s RETURNING session_id
 ),
-of_turns AS (DELETE FROM turns USING gone WHERE turns.session_id = gone.session_id)
-DELETE FROM failures USING gone WHERE failures.session_id = gone.session_id
+of_turns AS (DELETE FROM turns USING gone WHERE turns.session_id = gone.session_id),
+of_failures AS (DELETE FROM failures USING gone WHERE failures.session_id = gone.session_id)
+SELECT count(*) AS there FROM sessions
+WHERE session_id = %(session_id)s AND NOT EXISTS (SELECT 1 FROM gone)
 """
 LOAD: Mapping[str, str] = {
     "session": "SELECT * FROM sessions WHERE session_id = %(session_id)s",
@@ -87,6 +89,7 @@ RENEW = """
 INSERT INTO replicas (replica_id, url, expires_at)
 VALUES (%(me)s, %(url)s, now() + %(lease_s)s * interval '1 second')
 ON CONFLICT (replica_id) DO UPDATE SET url = EXCLUDED.url, expires_at = EXCLUDED.expires_at
+RETURNING xmax = 0 AS is_new
 """
 DISMISS = "DELETE FROM replicas WHERE replica_id = %(replica_id)s"
 REPLICAS = """

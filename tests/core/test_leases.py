@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from recorded import record, turn
 
-from tokentape.errors import LeaseLost, SessionElsewhere, SessionExists
+from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists
 from tokentape.postgres import PostgresStore
 
 
@@ -23,7 +23,8 @@ async def test_only_one_writes_a_session(database: str) -> None:
         await two.put_session(record(reward=2.0))
     with pytest.raises(LeaseLost):
         await two.put_turns("s", [turn("t2")])
-    await two.delete("s")
+    with pytest.raises(LeaseLost):
+        await two.delete("s")
     assert await one.holds("s")
     await two.dismiss(one.replica_id)
     stored = await two.load("s")
@@ -48,6 +49,56 @@ async def test_a_lease_that_ran_out_is_asked_for_again(database: str) -> None:
     assert await one.holds("s")  # nobody has taken it: the database says so
     assert await two.load("s") is not None
     assert not await one.holds("s")
+
+
+async def test_a_replica_that_was_taken_for_dead_asks_again(database: str) -> None:
+    """Its lease was taken away while it lived: at the next renewal it knows that sessions may have gone."""
+    one, two = PostgresStore(database, lease_s=60.0), PostgresStore(database, lease_s=60.0)
+    await one.put_session(record())
+    await two.dismiss(one.replica_id)
+    assert await two.load("s") is not None
+    await one._do(one._renew())
+    assert not await one.holds("s")
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_a_commit_is_one_statement(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round trip: nothing opens or closes a transaction around it, however many turns there are."""
+    store = PostgresStore(database)
+    await store.put_session(record())
+    said: list[Any] = []
+    execute = psycopg.AsyncCursor.execute
+
+    async def noted(self: Any, query: Any, *given: Any, **more: Any) -> Any:
+        said.append(query)
+        assert self.connection.autocommit
+        return await execute(self, query, *given, **more)
+
+    monkeypatch.setattr(psycopg.AsyncCursor, "execute", noted)
+    await store.put_turns("s", [turn(f"t{n}") for n in range(8)])
+    assert len(said) == 1
+    assert await store.holds("s")
+    assert len(said) == 1
+    monkeypatch.undo()
+    await store.aclose()
+
+
+async def test_several_make_the_tables_at_once(database: str) -> None:
+    stores = await asyncio.gather(*(asyncio.to_thread(PostgresStore, database) for _ in range(6)))
+    await stores[0].put_session(record())
+    assert [len(await one.list_sessions(state=None, after="", limit=9)) for one in stores] == [1] * 6
+    for one in stores:
+        await one.aclose()
+
+
+def test_who_may_not_make_tables_is_told(database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("DROP ROLE IF EXISTS reader")
+        connection.execute("CREATE ROLE reader LOGIN")
+        connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    with pytest.raises(ConfigError, match="permission denied for schema public"):
+        PostgresStore(database.replace("tokentape@", "reader@"))
 
 
 async def test_a_lease_that_is_renewed_too_late_is_another_one(database: str) -> None:

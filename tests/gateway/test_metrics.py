@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import run
 
 from gatewaykit import USER, Gateway, sampled
+from serving import run
 from tokentape.cli.options import _JsonLines
 from tokentape.cli.top import Snapshot, percentile
 from tokentape.errors import InternalError
@@ -35,6 +35,40 @@ def parse(line: str) -> dict[str, str]:
     pairs = PAIR.findall(line)
     assert " ".join(f"{name}={value}" for name, value in pairs) == line
     return {name: json.loads(value) if value.startswith('"') else value for name, value in pairs}
+
+
+async def test_turns_are_spans_where_an_sdk_is_set_up(
+    fake: FakeSGLang, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One a turn, its stages inside it, in their order; a failed one says why."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    session_id = await gateway.create()
+    fake.script(sampled("hello"), sampled("hello"), Fault("status", status=500))
+    await gateway.chat(session_id, [USER])
+    assert not exporter.get_finished_spans()
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    reply = await gateway.chat(session_id, [USER])
+    *stages, turn = exporter.get_finished_spans()
+    assert (turn.name, [stage.name for stage in stages]) == ("turn", ["plan", "engine", "commit"])
+    assert turn.attributes is not None
+    assert turn.attributes["tokentape.turn"] == reply["tokentape"]["turn_id"]
+    times = [(stage.start_time, stage.end_time) for stage in stages]
+    assert [start for start, _ in times[1:]] == [end for _, end in times[:-1]]
+    assert (times[0][0], times[-1][1]) == (turn.start_time, turn.end_time)
+    assert all(stage.parent == turn.context for stage in stages)
+    exporter.clear()
+    await gateway.post(session_id, {"messages": [USER]})
+    [failed] = exporter.get_finished_spans()
+    assert (failed.name, failed.status.status_code) == ("turn", trace.StatusCode.ERROR)
+    assert failed.attributes is not None
+    assert failed.attributes["tokentape.kind"] == "engine_failed"
 
 
 async def test_every_metric_is_documented(gateway: Gateway) -> None:

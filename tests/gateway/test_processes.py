@@ -15,10 +15,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Process, serving
 
-from gatewaykit import END, USER, Gateway, sampled, split
+from gatewaykit import END, TOKENIZER, USER, Gateway, sampled, split
+from tokentape.errors import ConfigError
 from tokentape.gateway.passing import summed
 from tokentape.gateway.pinned import Place
 from tokentape.invariants import check_samples
+from tokentape.store import lock_store
 from tokentape.testing import FakeSGLang, Reply
 
 COUNT = 2
@@ -194,6 +196,70 @@ async def test_a_process_that_dies_is_started_again(
         assert len(children(process.process.pid)) == COUNT
         process.process.send_signal(signal.SIGTERM)
         assert await process.ended() == 0
+
+
+async def test_a_process_that_is_started_again_is_as_the_others(
+    tmp_path: Path, fake: FakeSGLang, model_dir: Path
+) -> None:
+    """Paused, and with the engines that came and went at run time."""
+    fake.responder = lambda _: sampled("hello")
+    async with (
+        FakeSGLang(TOKENIZER) as added,
+        gateways(tmp_path, fake, model_dir) as (gateway, process),
+    ):
+        await gateway.ok("POST", "/workers", {"url": added.url})
+        assert (await gateway.request("DELETE", f"/workers?url={fake.url}")).status == 200
+        await gateway.ok("POST", "/pause")
+        before = children(process.process.pid)
+        for pid in before:  # one by one: the other knows
+            os.kill(pid, signal.SIGKILL)
+            async with asyncio.timeout(30):
+                while not await all_are_there(gateway):  # noqa: ASYNC110  # a state, no event
+                    await asyncio.sleep(0.1)
+        assert pid not in children(process.process.pid)
+        for _ in range(2 * COUNT):  # a connection each: both processes are asked
+            async with aiohttp.ClientSession() as client:
+                assert (await Gateway(gateway.url, client).ok("GET", "/healthz"))["paused"]
+        seen: list[list[str]] = []
+        for _ in range(2 * COUNT):  # a connection each: both processes are asked
+            async with aiohttp.ClientSession() as client:
+                said = await Gateway(gateway.url, client).ok("GET", "/workers")
+                seen.append([worker["url"] for worker in said["workers"]])
+        assert seen == [[added.url]] * 2 * COUNT
+
+
+async def all_are_there(gateway: Gateway) -> bool:
+    """Whether every process answers for its own."""
+    for index in range(COUNT):
+        with contextlib.suppress(aiohttp.ClientError):
+            async with aiohttp.ClientSession() as client:
+                path = f"/sessions/{of(index, 'nobody')}"
+                if (await Gateway(gateway.url, client).request("GET", path)).status == 404:
+                    continue
+        return False
+    return True
+
+
+async def test_the_store_is_locked_while_any_process_has_it(
+    tmp_path: Path, fake: FakeSGLang, model_dir: Path
+) -> None:
+    """The parent is killed while a process still finishes a turn: nobody else opens the store before that."""
+    fake.responder = lambda _: sampled("hello " * 20, delay_s=0.05)
+    async with gateways(tmp_path, fake, model_dir) as (gateway, process):
+        await gateway.create(session_id=of(0))
+        turn = asyncio.ensure_future(fresh(gateway, of(0), [USER]))
+        await asyncio.sleep(0.3)
+        process.process.kill()
+        await process.process.wait()
+        with pytest.raises(ConfigError, match="in use"):
+            lock_store(str(tmp_path / "many.sqlite"))
+        assert (await turn).status == 200
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(ConfigError):
+                    lock_store(str(tmp_path / "many.sqlite")).close()
+                    return
+                await asyncio.sleep(0.1)
 
 
 async def test_a_parent_that_dies_takes_all_with_it(

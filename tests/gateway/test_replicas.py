@@ -11,7 +11,17 @@ from click.testing import CliRunner
 from postgres import Postgres
 from serving import serving
 
-from gatewaykit import USER, WEATHER, Agent, Gateway, assert_samples_match, gateway_for, sampled, seen_by
+from gatewaykit import (
+    TOKENIZER,
+    USER,
+    WEATHER,
+    Agent,
+    Gateway,
+    assert_samples_match,
+    gateway_for,
+    sampled,
+    seen_by,
+)
 from tokentape.cli import main
 from tokentape.errors import ConfigError
 from tokentape.gateway.replicas import places
@@ -64,6 +74,19 @@ async def test_what_concerns_all_is_done_by_all(fake: FakeSGLang, model_dir: Pat
         assert [(await one.ok("GET", "/readyz"))["paused"] for one in gateways] == [True] * 3
         await gateways[1].ok("POST", "/resume")
         assert [(await one.ok("GET", "/readyz"))["paused"] for one in gateways] == [False] * 3
+
+
+async def test_who_comes_late_is_as_the_others(fake: FakeSGLang, model_dir: Path, database: str) -> None:
+    """Paused, and with the engines that came and went at run time."""
+    async with FakeSGLang(TOKENIZER) as added, replicas(fake, model_dir, database, 2) as gateways:
+        await gateways[0].ok("POST", "/workers", {"url": added.url})
+        assert (await gateways[1].request("DELETE", f"/workers?url={fake.url}")).status == 200
+        await gateways[0].ok("POST", "/pause")
+        async with gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as late:
+            assert (await late.ok("GET", "/healthz"))["paused"]
+            assert [one["url"] for one in (await late.ok("GET", "/workers"))["workers"]] == [added.url]
+            await late.ok("POST", "/resume")
+            assert [(await one.ok("GET", "/healthz"))["paused"] for one in gateways] == [False] * 2
 
 
 async def test_sessions_move_to_who_comes_and_from_who_goes(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from click.testing import CliRunner
 
 import tokentape
 from gatewaykit import USER, Agent, Gateway, assert_samples_match, sampled, seen_by
+from serving import serving
 from tokentape.cli import main
 from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError
 from tokentape.gateway.replicas import places
 from tokentape.gateway.service import ServiceConfig
+from tokentape.postgres import PostgresStore
 from tokentape.rollout import Episode, Group
 from tokentape.scale import Cluster, ScaleConfig
 from tokentape.scale.front import front
@@ -197,3 +200,21 @@ async def test_rollouts_over_replicas(
         listed = (await gateway.ok("GET", "/sessions?limit=1000"))["sessions"]
         assert sorted(told) == sorted(one["session_id"] for one in listed)
         assert {one["state"] for one in listed} == {"finished"}
+
+
+async def test_the_command(fake: FakeSGLang, model_dir: Path, database: str, tmp_path: Path) -> None:
+    """`tokentape serve --ray` starts a Ray of its own where none is, serves, and leaves nothing behind."""
+    fake.responder = lambda _: sampled("hello")
+    arguments = ["serve", "--ray", "--replicas", "1", "--model", str(model_dir), "--engine", fake.url]
+    arguments += ["--store", database, "--port", "0", "--drain-timeout", "2"]
+    async with serving(tmp_path / "log", *arguments) as process, aiohttp.ClientSession() as client:
+        gateway = Gateway(process.url, client)
+        agent = Agent(gateway, await gateway.create())
+        await agent.turn(USER)
+        assert (await gateway.show(agent.session_id))["turns"] == 1
+        process.process.send_signal(signal.SIGTERM)
+        assert await process.ended() == 0
+    store = PostgresStore(database)
+    assert await store.replicas() == []
+    assert await store.load(agent.session_id) is not None
+    await store.aclose()

@@ -245,7 +245,8 @@ class _Routes:
 
     async def healthz(self, request: web.Request) -> web.Response:
         del request
-        return _json({"status": "ok", "version": __version__})
+        paused = self._gateway.engine.paused
+        return _json({"status": "ok", "version": __version__, "paused": paused})
 
     async def readyz(self, request: web.Request) -> web.Response:
         del request

@@ -1,4 +1,4 @@
-"""How long a turn took, stage by stage: for the metrics, and for its line in the log."""
+"""How long a turn took, stage by stage: for the metrics, its line in the log, and its spans."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokentape.errors import TokentapeError
+from tokentape.gateway import spans
 from tokentape.metrics import Metrics
 from tokentape.tape import Turn
 
@@ -14,10 +15,12 @@ log = logging.getLogger("tokentape.turns")
 
 
 class Clock:
-    """Runs from the moment that it is made."""
+    """Runs from the moment that it is made; `turn_id` is the first of the turns that are asked for."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, turn_id: str) -> None:
         self._metrics = metrics
+        self._turn_id = turn_id
+        self._where = spans.here()
         self._began = self._planned = self._sampled = time.monotonic()
 
     def planned(self) -> None:
@@ -39,6 +42,15 @@ class Clock:
         now = time.monotonic()
         self._metrics.commit_seconds.observe(now - self._sampled)
         self._metrics.turn_seconds.observe(now - self._began)
+        stages = (
+            ("turn", self._began, now),
+            ("plan", self._began, self._planned),
+            ("engine", self._planned, self._sampled),
+            ("commit", self._sampled, now),
+        )
+        sampled = sum(len(turn.completion) for turn in turns)
+        told = {"session": session_id, "turn": self._turn_id, "prompt": num_prompt, "sampled": sampled}
+        spans.record(self._where, stages, told)
         if not log.isEnabledFor(logging.INFO):
             return
         times = {
@@ -65,16 +77,18 @@ class Clock:
             }
             log.info("%s", _line(fields), extra={"fields": fields})
 
+    def failed(self, session_id: str, error: TokentapeError) -> Mapping[str, Any]:
+        """The turn has failed: which it was, and how long it took."""
+        now = time.monotonic()
+        told = {"session": session_id, "turn": self._turn_id, "kind": error.kind}
+        spans.record(self._where, (("turn", self._began, now),), told, error)
+        return {"turn": self._turn_id, "total_ms": round(1e3 * (now - self._began), 2)}
 
-def note_failure(session_id: str, error: TokentapeError, num_tokens: int) -> None:
-    """The line of a turn that was not committed: `num_tokens` were sampled for it."""
-    fields = {
-        "session": session_id,
-        "outcome": "failed",
-        "kind": error.kind,
-        "sampled": num_tokens,
-        "error": str(error),
-    }
+
+def note_failure(session_id: str, error: TokentapeError, num_tokens: int, clock: Clock | None = None) -> None:
+    """The line of a turn that was not committed: `num_tokens` were sampled for it. No clock: it never began."""
+    fields = {"session": session_id, **({} if clock is None else clock.failed(session_id, error))}
+    fields |= {"outcome": "failed", "kind": error.kind, "sampled": num_tokens, "error": str(error)}
     log.warning("%s", _line(fields), extra={"fields": fields})
 
 

@@ -15,6 +15,8 @@ from tokentape.errors import EngineUnavailable, SessionElsewhere
 
 ELSEWHERE = "X-Tokentape-Elsewhere"
 """The header of a refusal that names who has the session; empty where nobody says so."""
+PASSED_ON = {"X-Tokentape-Passed-On": "1"}
+"""Says that a replica asks: it gets an answer or learns who has the session, at once."""
 FOR_ALL = frozenset(
     {
         *(("POST", "/pause"), ("POST", "/resume"), ("POST", "/weights")),

@@ -44,8 +44,8 @@ class Place:
 @contextlib.asynccontextmanager
 async def pinning(
     place: Place, named: Callable[[web.Request], str | None]
-) -> AsyncGenerator[Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]]:
-    """A middleware that passes on what is another's; `named` is the session that a request names."""
+) -> AsyncGenerator[tuple[Callable[[web.Request, Handler], Awaitable[web.StreamResponse]], list[Peer]]]:
+    """A middleware that passes on what is another's, and the others; `named` is a request's session."""
     async with contextlib.AsyncExitStack() as stack:
         peers: dict[int, Peer] = {}
         for index in range(place.count):
@@ -67,7 +67,7 @@ async def pinning(
             owner = place.index if session_id is None else place.owner(session_id)
             return await handler(request) if owner == place.index else await pass_on(request, peers[owner])
 
-        yield pinned
+        yield pinned, others
 
 
 def _is_from_peer(request: web.Request) -> bool:

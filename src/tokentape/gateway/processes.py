@@ -21,6 +21,7 @@ from aiohttp import web
 from tokentape.engines.server import running
 from tokentape.errors import ConfigError
 from tokentape.gateway.app import make_app, session_named
+from tokentape.gateway.catchup import catch_up
 from tokentape.gateway.parts import parts
 from tokentape.gateway.pinned import Place, pinning
 from tokentape.gateway.service import ServiceConfig
@@ -52,7 +53,7 @@ async def one_of_many(
     async with parts(config) as gateway:
         gateway.sessions.new_id = place.new_session_id
         async with (
-            pinning(place, lambda request: session_named(request, config.http.api_key)) as pinned,
+            pinning(place, lambda request: session_named(request, config.http.api_key)) as (pinned, others),
             running(make_app(gateway, pinned), drain_s=config.drain_s) as runner,
         ):
             await web.UnixSite(runner, place.socket_of(place.index)).start()
@@ -72,6 +73,7 @@ async def one_of_many(
 
             channel.setblocking(False)
             loop.add_reader(channel, take)
+            await catch_up(gateway, others)
             channel.send(b"ready")
             yield gone
             loop.remove_reader(channel)
@@ -103,7 +105,14 @@ class _Process:
 
 
 class _Parent:
-    def __init__(self, count: int, command: Callable[[Place, int], Sequence[str]], directory: Path) -> None:
+    def __init__(
+        self,
+        count: int,
+        command: Callable[[Place, int], Sequence[str]],
+        directory: Path,
+        inherited: Sequence[int],
+    ) -> None:
+        self._inherited = inherited
         self._command = command
         self._places = [Place(index, count, directory) for index in range(count)]
         self._processes = [_Process() for _ in self._places]
@@ -122,7 +131,7 @@ class _Parent:
         with its:
             process = await asyncio.create_subprocess_exec(
                 *self._command(place, its.fileno()),
-                pass_fds=(its.fileno(),),
+                pass_fds=(its.fileno(), *self._inherited),
                 stdout=sys.stderr,
                 start_new_session=True,  # Ctrl-C is the parent's: it lets them finish
             )
@@ -228,12 +237,13 @@ async def many(
         ConfigError: the store is another's, or a process does not start.
     """
     with contextlib.ExitStack() as stack:
-        if config.store is not None:
-            stack.enter_context(lock_store(str(config.store)))
+        inherited: list[int] = []
+        if config.store is not None:  # locked until the last process that has it is gone
+            inherited.append(stack.enter_context(lock_store(str(config.store))).fileno())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tokentape-")))
         listener = stack.enter_context(socket.create_server((config.host, config.port), backlog=1024))
         listener.setblocking(False)
-        parent = _Parent(count, command, directory)
+        parent = _Parent(count, command, directory, inherited)
         tasks: list[asyncio.Task[None]] = []
         try:
             await parent.start(0)  # alone: it may have to make the store

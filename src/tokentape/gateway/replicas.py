@@ -11,19 +11,20 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from hashlib import blake2b
+from typing import cast
 
 import aiohttp
 from aiohttp import web
 
 from tokentape.errors import EngineUnavailable, SessionElsewhere, StoreError, TokentapeError
-from tokentape.gateway.passing import FOR_ALL, Handler, Peer, asked_for, done_by_all, pass_on
-from tokentape.gateway.sessions import Sessions, new_session_id
+from tokentape.gateway.catchup import catch_up
+from tokentape.gateway.parts import Gateway
+from tokentape.gateway.passing import FOR_ALL, PASSED_ON, Handler, Peer, asked_for, done_by_all, pass_on
+from tokentape.gateway.sessions import new_session_id
 from tokentape.store import SharedStore
 
 log = logging.getLogger(__name__)
 
-PASSED_ON = {"X-Tokentape-Passed-On": "1"}
-"""Says that a replica or a front asks: it gets an answer or learns who has the session, at once."""
 _RETRY_S = 0.2
 _LEAVE_S = 0.1
 
@@ -42,25 +43,26 @@ class Replicas:
 
     def __init__(
         self,
-        store: SharedStore,
-        sessions: Sessions,
+        gateway: Gateway,
         client: aiohttp.ClientSession,
         named: Callable[[web.Request], str | None],
     ) -> None:
-        self._store = store
-        self._sessions = sessions
+        self._gateway = gateway
+        self._store = cast("SharedStore", gateway.store)
+        self._sessions = gateway.sessions
         self._client = client
         self._named = named
         self._url = ""
         self._urls: list[str] = []
         self._leaving = False
-        sessions.new_id = self._new_id
+        gateway.sessions.new_id = self._new_id
 
     async def arrive(self, url: str) -> None:
         """Say that this replica is there, reached at `url`."""
         self._url = url
         await self._store.advertise(url)
         await self._look()
+        await catch_up(self._gateway, self._others())
 
     async def leave(self, within_s: float) -> None:
         """Give every session to the others as soon as nobody is using it."""
@@ -94,8 +96,7 @@ class Replicas:
             return await handler(request)
         if (request.method, request.path) in FOR_ALL:
             await self._look()
-            others = [self._peer(url) for url in self._urls if url != self._url]
-            return await done_by_all(request, handler, others, PASSED_ON)
+            return await done_by_all(request, handler, self._others(), PASSED_ON)
         session_id = await asked_for(request) if request.path == "/sessions" else self._named(request)
         if session_id is None:
             return await handler(request)
@@ -134,6 +135,9 @@ class Replicas:
     def _place(self, session_id: str) -> str:
         return next(iter(places(session_id, self._urls)), self._url)
 
+    def _others(self) -> list[Peer]:
+        return [self._peer(url) for url in self._urls if url != self._url]
+
     def _peer(self, url: str) -> Peer:
         return Peer(self._client, url)
 
@@ -146,12 +150,12 @@ class Replicas:
 
 @contextlib.asynccontextmanager
 async def replicated(
-    store: SharedStore, sessions: Sessions, named: Callable[[web.Request], str | None]
+    gateway: Gateway, named: Callable[[web.Request], str | None]
 ) -> AsyncGenerator[Replicas]:
     """This replica while the context is open; it is there when it `arrive`s."""
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None, sock_connect=3.0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as client:
-        replicas = Replicas(store, sessions, client, named)
+        replicas = Replicas(gateway, client, named)
         watching = asyncio.ensure_future(replicas.watch())
         try:
             yield replicas

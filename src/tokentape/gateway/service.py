@@ -6,14 +6,12 @@ import sys
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import cast
 
 from tokentape.engines.server import serve
 from tokentape.errors import ConfigError
 from tokentape.gateway.app import make_app, session_named
 from tokentape.gateway.parts import Gateway, PartsConfig, parts
 from tokentape.gateway.replicas import replicated
-from tokentape.store import SharedStore
 from tokentape.stores import is_shared
 
 _SWITCH_S = 0.0005
@@ -70,11 +68,8 @@ def tune() -> None:
 
 @contextlib.asynccontextmanager
 async def _replica(config: ServiceConfig, gateway: Gateway) -> AsyncGenerator[str]:
-    store = cast("SharedStore", gateway.store)
     async with (
-        replicated(
-            store, gateway.sessions, lambda request: session_named(request, config.http.api_key)
-        ) as replicas,
+        replicated(gateway, lambda request: session_named(request, config.http.api_key)) as replicas,
         serve(make_app(gateway, replicas.answered), config.host, config.port, drain_s=config.drain_s) as url,
     ):
         await replicas.arrive(config.advertise or url)

@@ -154,7 +154,7 @@ class Turns:
                 unchanged.
         """
         session.check_open()
-        clock = Clock(self.metrics)
+        clock = Clock(self.metrics, turn_ids[0])
         if self.planner.engine_sampling is None:
             await self._ask_engine()
         plan = await self.planner.plan(session, request)
@@ -178,19 +178,19 @@ class Turns:
             async with deadline.within():
                 sampled = await self._sample(session, request, plan, turn_ids, forward)
         except asyncio.CancelledError:
-            await self.fail(session, session.cancelled(), num_tokens)
+            await self.fail(session, session.cancelled(), num_tokens, clock)
             raise
         except RequestError as error:  # a context that only the engine knows to be too long
             if num_tokens or isinstance(error, LimitReached):
-                await self.fail(session, error, num_tokens)
+                await self.fail(session, error, num_tokens, clock)
             raise
         except TokentapeError as error:
-            await self.fail(session, error, num_tokens)
+            await self.fail(session, error, num_tokens, clock)
             raise
         except Exception as error:  # the boundary: a stream that has begun can only end with a typed error
             bug = InternalError(f"{type(error).__name__}: {error}")
             log.exception("session %s: turn failed", session.session_id)
-            await self.fail(session, bug, num_tokens)
+            await self.fail(session, bug, num_tokens, clock)
             raise bug from error
         finally:
             self.metrics.active_turns.dec()
@@ -222,9 +222,11 @@ class Turns:
             dones.append(Done(turn, prompt, _usage(turn, prompt)))
         return dones
 
-    async def fail(self, session: Session, error: TokentapeError, num_tokens: int) -> None:
+    async def fail(
+        self, session: Session, error: TokentapeError, num_tokens: int, clock: Clock | None = None
+    ) -> None:
         """Record a turn that was not committed: `num_tokens` were sampled for it."""
-        note_failure(session.session_id, error, num_tokens)
+        note_failure(session.session_id, error, num_tokens, clock)
         try:
             await self._sessions.fail(session, error, num_tokens)
         except StoreError:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import signal
 import threading
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, replace
@@ -212,6 +213,7 @@ async def clustered(service: ServiceConfig, scale: ScaleConfig) -> AsyncGenerato
     if not 1 <= scale.least <= scale.replicas <= scale.most:
         raise ConfigError(f"{scale.replicas} replicas are not from {scale.least} to {scale.most}")
     await asyncio.to_thread(_connect, scale.address)
+    _take_signals_back()
     store: Any = await asyncio.to_thread(open_store, service.store)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.aclose)
@@ -247,6 +249,14 @@ def _connect(address: str | None) -> None:
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
     except (RuntimeError, OSError, ValueError) as error:  # no such cluster, or one of another version
         raise ConfigError(f"Ray at {address or 'this machine'}: {' '.join(str(error).split())}") from error
+
+
+def _take_signals_back() -> None:
+    """Ray has put handlers of its own over Python's, which abort the process where it should finish."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
 
 
 class Cluster:
@@ -288,7 +298,13 @@ class Cluster:
         return self._supervisor.replicas
 
     def scale(self, replicas: int) -> None:
-        """Have so many replicas from now on; they come and go while agents are served."""
+        """Have so many replicas from now on; they come and go while agents are served.
+
+        Where the load decides (`max_replicas`), it decides again at the next look.
+
+        Raises:
+            ConfigError: a cluster has at least one.
+        """
         if replicas < 1:
             raise ConfigError("a cluster has at least one replica")
         self._supervisor.wanted = replicas
