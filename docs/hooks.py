@@ -32,7 +32,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def _without(nav: Any, missing: set[str]) -> Any:
     if isinstance(nav, list):
-        return [_without(entry, missing) for entry in nav if not (isinstance(entry, str) and entry in missing)]
+        return [
+            _without(entry, missing) for entry in nav if not (isinstance(entry, str) and entry in missing)
+        ]
     if isinstance(nav, dict):
         return {title: _without(entry, missing) for title, entry in nav.items()}
     return nav

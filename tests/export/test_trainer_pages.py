@@ -87,7 +87,9 @@ async def test_an_example_runs(stem: str, code: str, tmp_path: Path) -> None:
         model, store = write_model_dir(tmp_path / "model"), tmp_path / "s.sqlite"
         config = ServiceConfig(model=str(model), engine=SGLangConfig(fake.url), store=store)
         async with running(config) as url:
-            [shared] = [c for _, c in snippets("python", [DOCS / "trainers.md"]) if c.startswith("# episode.py")]
+            [shared] = [
+                c for _, c in snippets("python", [DOCS / "trainers.md"]) if c.startswith("# episode.py")
+            ]
             (tmp_path / "episode.py").write_text(shared.replace(GATEWAY, url))
             said = await run(before + code + behind, tmp_path)
     assert re.search(r"[1-9]\d* trained, 1\.0", said)
@@ -105,7 +107,9 @@ async def run(code: str, directory: Path) -> str:
 def test_versions_are_those_that_are_tested() -> None:
     named = [need for page in PAGES for _, code in snippets("python", [page]) for need in needs(code)]
     assert len(named) >= 6
-    assert [f"{name}=={version}" for name, version in named if f"\n{name}=={version}\n" not in f"\n{PINS}"] == []
+    assert [
+        f"{name}=={version}" for name, version in named if f"\n{name}=={version}\n" not in f"\n{PINS}"
+    ] == []
     for page in PAGES:
         for name, version in re.findall(r"\b([a-z-]+) (\d+\.\d+\.\d+)", page.read_text().split("##")[0]):
             assert f"\n{name}=={version}\n" in f"\n{PINS}", page.name

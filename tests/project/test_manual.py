@@ -1,6 +1,7 @@
 """The manual: built without a warning, whole inside, without anything from elsewhere; its tutorial as written."""
 
 import asyncio
+import os
 import re
 import shutil
 import socket
@@ -13,6 +14,13 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import tokentape.adapters.trl
+import tokentape.errors
+import tokentape.export
+import tokentape.parse
+import tokentape.rollout
+import tokentape.scale
+import tokentape.testing
 from manualkit import DOCS, ROOT, snippets
 
 START_TIMEOUT_S = 120.0
@@ -33,7 +41,13 @@ class Links(HTMLParser):
         self.ids |= {found[name] for name in ("id", "name") if name in found}
         if tag == "a" and "href" in found:
             self.links.append(found["href"])
-        if tag == "link" and found.get("rel") in ("stylesheet", "icon", "preload", "preconnect", "modulepreload"):
+        if tag == "link" and found.get("rel") in (
+            "stylesheet",
+            "icon",
+            "preload",
+            "preconnect",
+            "modulepreload",
+        ):
             self.loaded.append(found["href"])
         if tag in ("script", "img", "iframe", "source", "video") and "src" in found:
             self.loaded.append(found["src"])
@@ -54,8 +68,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment() -> dict[str, str]:
     """The package of this checkout, whatever is installed; no advertisement of the theme's in the output."""
-    import os
-
     return {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
 
 
@@ -83,7 +95,9 @@ def test_every_link_inside_leads_somewhere(site: Path, pages: dict[Path, Links])
     assert len(pages) > 40
     assert [*broken(pages)] == []
     bad = site / "index.html"
-    control = Links('<a href="nowhere.html">a</a><a href="tapes.html#nowhere">b</a><a href="tapes.html#samples">c</a>')
+    control = Links(
+        '<a href="nowhere.html">a</a><a href="tapes.html#nowhere">b</a><a href="tapes.html#samples">c</a>'
+    )
     assert len([*broken({**pages, bad: control})]) == 2, "the checker can fail"
 
 
@@ -112,6 +126,27 @@ def test_pictures_say_what_they_show(pages: dict[Path, Links], site: Path) -> No
         assert "style>" not in picture.read_text(encoding="utf-8"), "it would hold for the whole page"
     built = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.html"))
     assert built.count('<figure class="picture"><svg role="img"') >= len([*(DOCS / "images").iterdir()])
+
+
+def test_the_reference_has_all_that_is_public(pages: dict[Path, Links], site: Path) -> None:
+    ids = {name for path, page in pages.items() if path.parent == site / "reference" for name in page.ids}
+    for module in (tokentape, tokentape.adapters.trl, tokentape.export, tokentape.parse, tokentape.rollout,
+                   tokentape.scale, tokentape.testing):  # fmt: skip
+        for name in getattr(module, "__all__", ()):
+            found = getattr(module, name)
+            where = getattr(found, "__module__", "")
+            if where.startswith("tokentape"):  # plain values say not where they are
+                assert f"{where}.{found.__qualname__}" in ids or f"{module.__name__}.{name}" in ids, name
+    for name, found in vars(tokentape.errors).items():
+        if isinstance(found, type) and found.__module__ == "tokentape.errors":
+            assert f"tokentape.errors.{name}" in ids
+
+
+def test_search_works_from_the_disk(site: Path) -> None:
+    """Its index is a script, and the worker's stand-in is loaded before the theme's own script."""
+    assert (site / "search" / "search_index.js").read_text(encoding="utf-8").startswith("var __index")
+    text = (site / "index.html").read_text(encoding="utf-8")
+    assert text.index("iframe-worker.js") < text.index("assets/javascripts/bundle")
 
 
 # -- the tutorial
@@ -150,7 +185,8 @@ async def test_the_tutorial_as_written(tmp_path: Path) -> None:
         for server in servers:
             server.terminate()
             await server.wait()
-    assert said.count("What") + said.count(" = ?") or said
+    assert len(re.findall(r" [01]\.0$", said, re.MULTILINE)) == 16, "episodes"
+    assert "verified" in said
     assert re.search(r"reward [01]\.0, [1-9]\d* of \d+ tokens trained", said)
     assert re.search(r"[1-9]\d* of [1-9]\d* turns do not encode back", said)
     assert (tmp_path / "verl.parquet").is_file()

@@ -1,10 +1,12 @@
 """The pages tell the truth: their snippets run, their commands exist, the README's tree is the tree."""
 
 import asyncio
+import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -57,16 +59,23 @@ async def test_python_snippets_run(code: str, tmp_path: Path) -> None:
 
 async def run_python(code: str, directory: Path) -> str:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-W", "error", "-c", code, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        code,
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     out, err = await process.communicate()
     assert process.returncode == 0, err.decode()
     return out.decode()
 
 
-@pytest.mark.parametrize("code", pytest_params("console"))
+@pytest.mark.parametrize("code", [*pytest_params("console"), *pytest_params("sh")])
 def test_commands_exist(code: str) -> None:
-    for line in code.splitlines():
+    for line in code.replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
@@ -74,6 +83,24 @@ def test_commands_exist(code: str) -> None:
             command = main.commands[words[1]]
             known = {name for option in command.params for name in option.opts}
             assert {word for word in words[2:] if word.startswith("--")} <= known, line
+
+
+@pytest.mark.parametrize("code", pytest_params("toml"))
+def test_toml_is_toml(code: str) -> None:
+    assert tomllib.loads(code)
+
+
+@pytest.mark.parametrize("code", pytest_params("json"))
+def test_json_is_json(code: str) -> None:
+    assert json.loads(code)
+
+
+def test_every_kind_of_snippet_has_a_test() -> None:
+    """`text` is output; `py` is Python for a process of others, compiled here and run by `make letta`."""
+    kinds = {kind for page in PAGES for kind in re.findall(r"^```(\w+)", page.read_text(), re.MULTILINE)}
+    assert kinds <= {"python", "py", "console", "sh", "toml", "json", "text"}
+    for name, code in snippets("py"):
+        compile(code, name, "exec")
 
 
 def test_every_command_is_documented() -> None:
