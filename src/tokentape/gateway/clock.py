@@ -86,7 +86,7 @@ class Clock:
 
 
 def note_failure(session_id: str, error: TokentapeError, num_tokens: int, clock: Clock | None = None) -> None:
-    """The line of a turn that was not committed: `num_tokens` were sampled for it. No clock: it never began."""
+    """The line of a turn that was not committed: `num_tokens` were sampled for it; no clock: never begun."""
     fields = {"session": session_id, **({} if clock is None else clock.failed(session_id, error))}
     fields |= {"outcome": "failed", "kind": error.kind, "sampled": num_tokens, "error": str(error)}
     log.warning("%s", _line(fields), extra={"fields": fields})

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import ray
+import uvloop
 from ray.exceptions import RayActorError, RayError
 
 from tokentape.errors import ConfigError, StoreError
@@ -273,7 +274,7 @@ class Cluster:
 
     def __init__(self, service: ServiceConfig, scale: ScaleConfig | None = None) -> None:
         self._config = service, scale or ScaleConfig()
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._open = contextlib.AsyncExitStack()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tokentape-scale", daemon=True)
 
