@@ -1,4 +1,4 @@
-"""The manual: built without a warning, whole inside, without anything from elsewhere; its tutorial as written."""
+"""The manual: built without a warning, whole inside, nothing from elsewhere; its tutorial as written."""
 
 import asyncio
 import os

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from manualkit import PAGES, RECORDED, ROOT, needs, snippets, write_recorded
 from tokentape.cli import main
@@ -22,7 +23,7 @@ TUTORIAL = "start/tutorial.md"
 
 
 def pytest_params(language: str) -> list[object]:
-    """All but what is run elsewhere: the tutorial's files, and those of the trainers' pages that share one."""
+    """All but what is run elsewhere: the tutorial's files, and the trainers' examples that share one."""
     return [
         pytest.param(code, id=name)
         for name, code in snippets(language)
@@ -95,10 +96,15 @@ def test_json_is_json(code: str) -> None:
     assert json.loads(code)
 
 
+@pytest.mark.parametrize("code", pytest_params("yaml"))
+def test_yaml_is_yaml(code: str) -> None:
+    assert yaml.safe_load(code)
+
+
 def test_every_kind_of_snippet_has_a_test() -> None:
-    """`text` is output; `py` is Python for a process of others, compiled here and run by `make letta`."""
+    """`text` is output; `py` is Python for a process of others, and compiled only."""
     kinds = {kind for page in PAGES for kind in re.findall(r"^```(\w+)", page.read_text(), re.MULTILINE)}
-    assert kinds <= {"python", "py", "console", "sh", "toml", "json", "text"}
+    assert kinds <= {"python", "py", "console", "sh", "toml", "json", "yaml", "text"}
     for name, code in snippets("py"):
         compile(code, name, "exec")
 
