@@ -1,8 +1,9 @@
-"""What the manual's build adds to mkdocs: sources that pages link to, pictures in the page's own colours.
+r"""What the manual's build adds to mkdocs: sources that pages link to, pictures in the page's own colours.
 
 - A link to a file outside of docs/ (an example, a test) leads to a page `source/…` that shows the file. On a
   code host the same link leads to the file itself.
 - An SVG of docs/images/ stands in the page as it is, so that its `currentColor` is the text's, light or dark.
+- A pipe in a table's code is written `\|`, as code hosts want it, and shown as a pipe.
 - A page of `LATER` may be missing: the parts that they describe arrive on their own.
 """
 
@@ -20,6 +21,7 @@ LATER = ("viewer.md", "report.md", "doctor.md", "troubleshooting.md")
 
 _LINK = re.compile(r"(?<=\]\()((?:\.\./)+[^)#\s]+)")
 _PICTURE = re.compile(r'<p><img alt="([^"]*)" src="[^"]*?images/([a-z-]+\.svg)"\s*/?></p>')
+_CELL = re.compile(r"<td>.*?</td>", re.DOTALL)
 _LANGUAGES = {".py": "python", ".toml": "toml", ".sh": "sh", ".yml": "yaml", ".yaml": "yaml"}
 
 
@@ -69,7 +71,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html_text: str, config: MkDocsConfig, **_: Any) -> str:
-    """Put pictures into the page."""
+    """Put pictures into the page, and take the backslash from a table's pipes."""
 
     def inline(match: re.Match[str]) -> str:
         alt, name = match.groups()
@@ -77,7 +79,8 @@ def on_page_content(html_text: str, config: MkDocsConfig, **_: Any) -> str:
         svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
         return f'<figure class="picture">{svg}</figure>'
 
-    return _PICTURE.sub(inline, html_text)
+    pictured = _PICTURE.sub(inline, html_text)
+    return _CELL.sub(lambda cell: cell[0].replace("\\|", "|"), pictured)
 
 
 def _outside(page: str, link: str) -> str | None:

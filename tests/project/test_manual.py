@@ -128,6 +128,10 @@ def test_pictures_say_what_they_show(pages: dict[Path, Links], site: Path) -> No
     assert built.count('<figure class="picture"><svg role="img"') >= len([*(DOCS / "images").iterdir()])
 
 
+def test_tables_show_pipes(site: Path) -> None:
+    assert "<code>&lt;|end|&gt;</code>" in (site / "templates.html").read_text(encoding="utf-8")
+
+
 def test_the_reference_has_all_that_is_public(pages: dict[Path, Links], site: Path) -> None:
     ids = {name for path, page in pages.items() if path.parent == site / "reference" for name in page.ids}
     for module in (tokentape, tokentape.adapters.trl, tokentape.export, tokentape.parse, tokentape.rollout,
