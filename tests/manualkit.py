@@ -1,8 +1,13 @@
-"""The manual's snippets, and the file of samples that those about trainers read."""
+"""The manual's snippets, its tutorials as written, and the samples that pages about trainers read."""
 
+import asyncio
 import importlib.metadata
+import os
 import re
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import tokentape
@@ -15,6 +20,10 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 RECORDED = "rollouts.parquet"
 """The name under which snippets find the recorded samples in their working directory."""
 
+ENVIRONMENT = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
+"""The package of this checkout, whatever is installed; nothing that the theme advertises."""
+
+_START_TIMEOUT_S = 120.0
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _NEEDS = re.compile(r"# pip install (.+)")
 
@@ -56,3 +65,72 @@ async def write_recorded(directory: Path) -> None:
             await session.chat(messages, temperature=1.0)
             await session.finish(reward=float(number % 2))
         await tape.export(directory / RECORDED)
+
+
+# -- tutorials
+
+
+async def walk(page: Path, directory: Path, other: Mapping[str, str]) -> str:
+    """Do what a page says, in its order, and return what was printed.
+
+    Files whose first line has their name are written, other Python is run, and so are `tokentape` and
+    `python FILE`; engine and gateway run until the end. `other` is what stands here in place of the page's
+    ports and names.
+    """
+    servers, said = list[asyncio.subprocess.Process](), ""
+    try:
+        for line in _lines(page, directory, other):
+            match line.split():
+                case ["tokentape", "engine" | "serve" as name, *options]:
+                    port = [] if "--port" in options else ["--port", other["8000"]]
+                    command = [sys.executable, "-m", "tokentape", name, *options, *port]
+                    servers.append(await _started(command, directory))
+                case ["tokentape", *options]:
+                    said += await _done([sys.executable, "-m", "tokentape", *options], directory)
+                case ["python", name]:
+                    said += await _done([sys.executable, name], directory)
+    finally:
+        for server in servers:
+            server.terminate()
+            await server.wait()
+    return said
+
+
+def _lines(page: Path, directory: Path, other: Mapping[str, str]) -> Iterator[str]:
+    """A page's commands; what it calls a file is written, and other Python is a command, too."""
+    (directory / "src").symlink_to(ROOT / "src")
+    for kind, block in _FENCE.findall(page.read_text(encoding="utf-8")):
+        code = re.sub("|".join(map(re.escape, other)), lambda match: other[match[0]], block)
+        if kind == "console":
+            yield from code.splitlines()
+        if kind == "python":
+            name = re.match(r"# (\w+\.py)\n", code)
+            (directory / (name[1] if name else "snippet.py")).write_text(code, encoding="utf-8")
+            yield "" if name else "python snippet.py"
+
+
+async def _started(command: list[str], directory: Path) -> asyncio.subprocess.Process:
+    """A server, when it has said where it listens."""
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    line = await asyncio.wait_for(process.stdout.readline(), _START_TIMEOUT_S)
+    assert line.startswith(b"listening on "), command
+    return process
+
+
+async def _done(command: list[str], directory: Path) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, (command, out.decode(), err.decode())
+    return out.decode()
+
+
+def free_port() -> str:
+    """A port that nobody has, as text."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])

@@ -1,10 +1,7 @@
 """The manual: built without a warning, whole inside, nothing from elsewhere; its tutorial as written."""
 
-import asyncio
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,9 +18,7 @@ import tokentape.parse
 import tokentape.rollout
 import tokentape.scale
 import tokentape.testing
-from manualkit import DOCS, ROOT, snippets
-
-START_TIMEOUT_S = 120.0
+from manualkit import DOCS, ENVIRONMENT, ROOT, free_port, walk
 
 
 class Links(HTMLParser):
@@ -59,16 +54,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("manual")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)],
-        cwd=ROOT, capture_output=True, text=True, env=environment(), check=False,
+        cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr, done.stderr
     return target
-
-
-def environment() -> dict[str, str]:
-    """The package of this checkout, whatever is installed; no advertisement of the theme's in the output."""
-    return {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
 
 
 @pytest.fixture(scope="session")
@@ -156,64 +146,15 @@ def test_search_works_from_the_disk(site: Path) -> None:
 # -- the tutorial
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 async def test_the_tutorial_as_written(tmp_path: Path) -> None:
-    """Its files are written, its commands run in their order; only ports are others."""
-    page = DOCS / "start" / "tutorial.md"
-    ports = {"30000": str(free_port()), "8000": str(free_port())}
-
-    def here(text: str) -> str:
-        return re.sub(r"\b(30000|8000)\b", lambda match: ports[match[1]], text)
-
-    (tmp_path / "src").symlink_to(ROOT / "src")
-    for _, code in snippets("python", [page]):
-        (tmp_path / code.splitlines()[0].removeprefix("# ")).write_text(here(code), encoding="utf-8")
-    servers, said = [], ""
-    try:
-        for _, block in snippets("console", [page]):
-            for line in here(block).splitlines():
-                words = line.split()
-                command = [sys.executable, *(["-m"] if words[0] == "tokentape" else words[1:2])]
-                command += words if words[0] == "tokentape" else []
-                if words[:2] in (["tokentape", "engine"], ["tokentape", "serve"]):
-                    port = [] if "--port" in words else ["--port", ports["8000"]]
-                    servers.append(await started([*command, *port], tmp_path))
-                else:
-                    said += await done(command, tmp_path)
-    finally:
-        for server in servers:
-            server.terminate()
-            await server.wait()
+    """Only ports are others. That with a real SGLang is `tests/live/test_live_manual.py`."""
+    ports = {"30000": free_port(), "8000": free_port()}
+    said = await walk(DOCS / "start" / "tutorial.md", tmp_path, ports)
     assert len(re.findall(r" [01]\.0$", said, re.MULTILINE)) == 16, "episodes"
     assert "verified" in said
     assert re.search(r"reward [01]\.0, [1-9]\d* of \d+ tokens trained", said)
     assert re.search(r"[1-9]\d* of [1-9]\d* turns do not encode back", said)
     assert (tmp_path / "verl.parquet").is_file()
-
-
-async def started(command: list[str], directory: Path) -> asyncio.subprocess.Process:
-    """A server, when it has said where it listens."""
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=directory, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert process.stdout is not None
-    line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
-    assert line.startswith(b"listening on "), command
-    return process
-
-
-async def done(command: list[str], directory: Path) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=directory, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
-    return out.decode()
 
 
 def test_make_manual_says_where(tmp_path: Path) -> None:
