@@ -17,6 +17,8 @@ ELSEWHERE = "X-Tokentape-Elsewhere"
 """The header of a refusal that names who has the session; empty where nobody says so."""
 PASSED_ON = {"X-Tokentape-Passed-On": "1"}
 """Says that a replica asks: it gets an answer or learns who has the session, at once."""
+ASKS_OTHERS = {"X-Tokentape-Asks-Others": "1"}
+"""Says that a front asks: a replica that cannot answer is to say so at once."""
 FOR_ALL = frozenset(
     {
         *(("POST", "/pause"), ("POST", "/resume"), ("POST", "/weights")),

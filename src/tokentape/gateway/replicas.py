@@ -19,12 +19,23 @@ from aiohttp import web
 from tokentape.errors import EngineUnavailable, SessionElsewhere, StoreError, TokentapeError
 from tokentape.gateway.catchup import catch_up
 from tokentape.gateway.parts import Gateway
-from tokentape.gateway.passing import FOR_ALL, PASSED_ON, Handler, Peer, asked_for, done_by_all, pass_on
+from tokentape.gateway.passing import (
+    ASKS_OTHERS,
+    FOR_ALL,
+    PASSED_ON,
+    Handler,
+    Peer,
+    asked_for,
+    done_by_all,
+    pass_on,
+)
 from tokentape.gateway.sessions import new_session_id
 from tokentape.store import SharedStore
 
 log = logging.getLogger(__name__)
 
+_ASK_OTHERS = {*PASSED_ON, *ASKS_OTHERS}
+_PATIENCE_S = 30.0  # for a store that is being restarted
 _RETRY_S = 0.2
 _LEAVE_S = 0.1
 
@@ -98,13 +109,21 @@ class Replicas:
             await self._look()
             return await done_by_all(request, handler, self._others(), PASSED_ON)
         session_id = await asked_for(request) if request.path == "/sessions" else self._named(request)
-        if session_id is None:
+        if session_id is None and request.path != "/readyz":
             return await handler(request)
         if not self._store.is_leased:  # others may have it by now, and nobody here can look
-            raise SessionElsewhere("this replica is cut off from its store; ask another one", url=None)
-        if is_passed_on:
+            await self._wait_for_a_lease(0.0 if _ASK_OTHERS & request.headers.keys() else _PATIENCE_S)
+        if is_passed_on or session_id is None:
             return await handler(request)
         return await self._by_its_holder(request, handler, session_id)
+
+    async def _wait_for_a_lease(self, within_s: float) -> None:
+        """Wait for the store to come back; who can ask others is told so at once."""
+        until = time.monotonic() + within_s
+        while not self._store.is_leased:
+            if time.monotonic() >= until:
+                raise SessionElsewhere("this replica is cut off from its store; ask another one", url=None)
+            await asyncio.sleep(_RETRY_S)
 
     async def _by_its_holder(
         self, request: web.Request, handler: Handler, session_id: str

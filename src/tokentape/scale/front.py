@@ -13,7 +13,7 @@ from aiohttp import web
 from tokentape.engines.server import serve
 from tokentape.errors import EngineUnavailable, SessionElsewhere, TokentapeError, TooLarge
 from tokentape.gateway.agents import Refusal, spoken
-from tokentape.gateway.passing import Peer, asked_for, metrics_of_all, pass_on
+from tokentape.gateway.passing import ASKS_OTHERS, Peer, asked_for, metrics_of_all, pass_on
 from tokentape.gateway.replicas import places
 
 _SESSION = re.compile(r"\A/sessions/([^/]+)")
@@ -54,7 +54,7 @@ class _Front:
         while True:
             for url in self._order(session_id):
                 with contextlib.suppress(EngineUnavailable, SessionElsewhere):
-                    return await pass_on(request, self._peer(url))
+                    return await pass_on(request, self._peer(url), ASKS_OTHERS)
             if time.monotonic() > until:
                 raise EngineUnavailable("no replica of this gateway can answer; one is being started")
             await asyncio.sleep(_RETRY_S)
