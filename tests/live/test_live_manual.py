@@ -1,4 +1,4 @@
-"""`make live`: the tutorial with a real SGLang as written, but for the bundled model in place of a large one."""
+"""`make live`: the tutorial with a real SGLang as written, with the bundled model in place of a large one."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -141,6 +142,12 @@ def test_search_works_from_the_disk(site: Path) -> None:
     assert (site / "search" / "search_index.js").read_text(encoding="utf-8").startswith("var __index")
     text = (site / "index.html").read_text(encoding="utf-8")
     assert text.index("iframe-worker.js") < text.index("assets/javascripts/bundle")
+
+
+def test_every_extra_is_on_the_page_of_installing() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (DOCS / "start" / "install.md").read_text(encoding="utf-8")
+    assert [name for name in project["optional-dependencies"] if f"\n| `{name}` |" not in page] == []
 
 
 # -- the tutorial
