@@ -18,7 +18,7 @@ IN_LETTA := HOME=$(LETTA_DIR)/home LETTA_PG_URI= $(LETTA_DIR)/bin
 # The trainers' own packages, for tests of what is exported to them; torch is the small CPU build.
 TRAINERS_DIR := $(LIVE_DIR)/trainers
 
-.PHONY: demo train-demo test check live letta trainers trl-demo bench chaos soak scale format clean
+.PHONY: demo train-demo test check manual manual-serve live letta trainers trl-demo bench chaos soak scale format clean
 
 demo: $(VENV)/ready
 	$(BIN)/tokentape demo
@@ -37,6 +37,14 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/pytest tests/project
+
+# Made of these pages and the docstrings; it needs no network, and neither does who reads it.
+manual: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the manual: $(CURDIR)/site/index.html"
+
+manual-serve: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 live: $(VENV)/ready $(LIVE_DIR)/ready $(LIVE_DIR)/router/ready
 	PYTHON=$(PYTHON) sh tests/agents/install.sh $(LIVE_DIR)/agents
@@ -76,7 +84,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist runs site
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -35,8 +35,8 @@ class GenerateRequest:
 class TokenChunk:
     """Newly sampled tokens: `ids` int[n] and `logprobs` float[n] (nats), parallel. n ≥ 1.
 
-    `top` [n][1 to k] pairs (id, log-probability in nats), best first: the k = `num_top_logprobs` likeliest at
-    each token's place, less those that were impossible there (a constraint allows no others). The sampled
+    `top` `[n][1 to k]` pairs (id, log-probability in nats), best first: the k = `num_top_logprobs` likeliest
+    at each token's place, less those that were impossible there (a constraint allows no others). The sampled
     token is among them only if it is one of the likeliest. None when not asked for. `version` names the
     weights that sampled all tokens so far, None where that is not certain.
     """

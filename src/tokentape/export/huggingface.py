@@ -12,7 +12,8 @@ Read in datasets 5.2.0 (`Features`) and transformers 5, `data/data_collator.py`.
 - `reward`: one a sample, null where there is none. Turns are parallel columns, one entry a turn, context or
   not: `turn_starts`, `turn_ends` (of the sampled span), `turn_trained`, `turn_rewards` (null where none).
 - `group_id` is what group-relative advantages go by, null where a session has none.
-- `sampling_logprobs`, `support`, `routed_experts` ([N-1][layers][experts a token]): null where not captured.
+- `sampling_logprobs`, `support`, `routed_experts` (`[N-1][layers][experts a token]`): null where there are
+  none.
 - No padding. `messages`, `tools`, `metadata` are JSON texts. The sample's label is `agent`: collators take a
   column `label` for a class.
 """

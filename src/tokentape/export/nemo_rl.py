@@ -15,8 +15,8 @@ Read in the public source of NVIDIA-NeMo/RL, `nemo_rl/`: `data/interfaces.py`, `
 - `truncated`: the last turn was cut by length; NeMo-RL's overlong filtering reads it.
 - Groups: NeMo-RL compares samples whose first prompts have the same token ids; `group_id` is in
   `extra_env_info`. With several branches a session counts several times.
-- `routed_experts`: a message's rows, [tokens][layers][experts a token]. Our N-1 rows of N tokens are followed
-  by one of -1, NeMo-RL's own mark for a token without a route.
+- `routed_experts`: a message's rows, `[tokens][layers][experts a token]`. Our N-1 rows of N tokens are
+  followed by one of -1, NeMo-RL's own mark for a token without a route.
 - `content` is the text, for reading: token ids do not come from it. No padding: NeMo-RL pads right.
 """
 

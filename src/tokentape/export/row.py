@@ -107,7 +107,7 @@ def turn_rewards_of(row: Row) -> list[float]:
 
 
 def experts_of(row: Row, experts_per_token: int | None) -> list[list[list[int]]] | None:
-    """The experts of all tokens but the last, int[N-1][layers][experts_per_token]; None where not captured.
+    """The experts of all tokens but the last, `int[N-1][layers][experts_per_token]`; None where not captured.
 
     A sample holds one flat row a token, and how many experts a token has is not in it.
 

@@ -16,7 +16,7 @@ Read in skyrl 0.3.0, `skyrl/train/`: `generators/base.py`, `trainer.py`, `datase
   steps' rewards, so that these are an error here: branches of one session with different rewards, a turn's
   reward in a sample that is not its session's last.
 - `stop_reasons`: the last turn's, "stop" or "length".
-- `rollout_expert_indices`: our N-1 rows of N tokens, [N-1][layers][experts a token], from the first prompt
+- `rollout_expert_indices`: our N-1 rows of N tokens, `[N-1][layers][experts a token]`, from the first prompt
   token on; SkyRL fills the last token's row with zeros, and all of a sample without rows: all or none.
 - Padding is SkyRL's own: left, prompt and response as one block; per-token columns are right-aligned.
 """

@@ -16,7 +16,7 @@ into the enumeration, and keeps a field that an older `Sample` does not have as 
   it has. Where groups have unequal numbers of samples slime normalises rewards over all of them as one group:
   give `--custom-reward-post-process-path` a function that goes by `group_index`.
 - `weight_versions`: one a span, in order, trained tokens only. miles' staleness wants integers.
-- `rollout_routed_experts`: our N-1 rows of N tokens as they are, [N-1][layers][experts a token].
+- `rollout_routed_experts`: our N-1 rows of N tokens as they are, `[N-1][layers][experts a token]`.
 - Where truncation's support was captured: `rollout_top_p_token_ids` and `_offsets` (R + 1), empty where the
   mask is 0, and `rollout_log_probs` are those of the truncated distribution that slime then replays.
 - `prompt` is the first turn's messages. `response`, the decoded text, is left out: nothing here decodes.

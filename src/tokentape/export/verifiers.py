@@ -16,8 +16,8 @@ Before it, prime-rl split a sample into `prompt_ids` and `completion_ids`; that 
   which prime-rl does not have. Advantages are its orchestrator's: a row has none.
 - `trace_id` is the session, `branch_index` counts its samples; `group_id` and `weight_versions` (spans) stand
   beside: prime-rl gets groups from its dispatcher.
-- `routed_experts`: our N-1 rows, [N-1][layers][experts a token]; prime-rl itself fills the last token's with
-  zeros, and so does `branches`, where verifiers wants N rows of uint8.
+- `routed_experts`: our N-1 rows, `[N-1][layers][experts a token]`; prime-rl itself fills the last token's
+  with zeros, and so does `branches`, where verifiers wants N rows of uint8.
 - No padding: prime-rl packs.
 """
 

@@ -13,7 +13,7 @@ Read in verl 0.9.1, `verl/experimental/agent_loop/agent_loop.py`.
 - `num_turns` counts as verl's tool agent does: each generation, each bridge, the first prompt.
 - `min_global_steps`, `max_global_steps` are the oldest and newest weights, where all versions are integers
   as verl's are; the versions as they are stand in `extra_fields["weight_versions"]`.
-- `routed_experts`: our N-1 rows of N tokens as [N-1][layers][experts a token], from the first prompt token
+- `routed_experts`: our N-1 rows of N tokens as `[N-1][layers][experts a token]`, from the first prompt token
   on; verl fills the last token's row with zeros and does not replay it.
 - Padding (`batch`): prompts left, responses right, with the pad id; masks and log-probabilities 0.
 - A session of several branches is several outputs. verl's queue-based loop (`trainer/ppo/v1`) takes such a
