@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from serving import run
 
 from gatewaykit import (
     CLOCK,
@@ -20,6 +19,7 @@ from gatewaykit import (
     sampled,
     seen_by,
 )
+from serving import run
 from tokentape.invariants import check_samples
 from tokentape.testing import FakeSGLang
 

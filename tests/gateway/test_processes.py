@@ -13,9 +13,9 @@ from typing import Any
 import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Process, serving
 
 from gatewaykit import END, TOKENIZER, USER, Gateway, sampled, split
+from serving import Process, serving
 from tokentape.errors import ConfigError
 from tokentape.gateway.passing import summed
 from tokentape.gateway.pinned import Place

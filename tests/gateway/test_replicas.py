@@ -9,7 +9,6 @@ import aiohttp
 import pytest
 from click.testing import CliRunner
 from postgres import Postgres
-from serving import serving
 
 from gatewaykit import (
     TOKENIZER,
@@ -22,6 +21,7 @@ from gatewaykit import (
     sampled,
     seen_by,
 )
+from serving import serving
 from tokentape.cli import main
 from tokentape.errors import ConfigError
 from tokentape.gateway.replicas import places

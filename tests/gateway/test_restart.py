@@ -8,7 +8,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from serving import serving
 
 from gatewaykit import (
     USER,
@@ -22,6 +21,7 @@ from gatewaykit import (
     sampled,
     seen_by,
 )
+from serving import serving
 from tokentape.testing import FakeSGLang
 
 

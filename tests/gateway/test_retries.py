@@ -13,7 +13,6 @@ from typing import Any
 import aiohttp
 import pytest
 from proxy import Proxy, proxy_to
-from serving import serving
 
 from gatewaykit import (
     USER,
@@ -28,6 +27,7 @@ from gatewaykit import (
     sampled,
     seen_by,
 )
+from serving import serving
 from tokentape.gateway.chat.reply import ChatWriter
 from tokentape.gateway.sessions import Session
 from tokentape.testing import FakeSGLang, Fault, Reply

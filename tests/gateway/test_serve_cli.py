@@ -12,9 +12,9 @@ import aiohttp
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from serving import run, serving
 
 from gatewaykit import USER, Agent, Gateway, assert_samples_match, gateway_for, sampled, seen_by
+from serving import run, serving
 from tokentape.cli import main
 from tokentape.store import SQLiteStore
 from tokentape.testing import FakeSGLang

@@ -6,7 +6,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from serving import run, serving
 
 from gatewaykit import (
     USER,
@@ -20,6 +19,7 @@ from gatewaykit import (
     sampled,
     seen_by,
 )
+from serving import run, serving
 from tokentape.invariants import check_samples
 from tokentape.testing import FakeSGLang
 
