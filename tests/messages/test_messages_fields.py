@@ -389,7 +389,7 @@ async def test_ignored_parts(fake: FakeSGLang, gateway: Gateway, fields: Json, n
 async def test_strict_refuses_what_is_ignored(strict: Gateway, fields: Json, name: str) -> None:
     fields = dict(fields)
     said = await refused(strict, await strict.create(), body_of(fields.pop("messages", [USER]), **fields))
-    assert said == f"`{name}` has no effect here, and --strict refuses it"
+    assert said == f"`{name}` has no effect here, and --strict refuses it: leave it out"
 
 
 # -- noted: kept with the turn, without effect
