@@ -245,7 +245,7 @@ def test_hostile_texts_are_text(tmp_path: Path) -> None:
     for _, attrs in seen.tags:
         assert not any(name.startswith("on") or name == "style" for name in attrs)
     links = [str(attrs["href"]) for attrs in seen.named("a")]
-    assert all(link.startswith(("#", "http://127.0.0.1:8000/ui/#/session/")) for link in links)
+    assert all(link.startswith(("#", "http://127.0.0.1:8000/ui/#/s/")) for link in links)
     assert not any(set(link) & set("<>\"' \n\x00\u202e") for link in links)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", html)
     assert "<script>alert(1)</script>" in seen.text  # to be read, not to be run
@@ -362,7 +362,7 @@ def test_bins_hold_every_value() -> None:
 
 
 def test_links() -> None:
-    assert sample_link("https://h/ui/", "a b/#", "é") == "https://h/ui/#/session/a%20b%2F%23/branch/%C3%A9"
+    assert sample_link("https://h/ui/", "a b/#", "é") == "https://h/ui/#/s/a%20b%2F%23?b=%C3%A9&tab=tokens"
     for url in ("javascript:alert(1)", "file:///etc/passwd", "h/ui", "http://h/#x", ""):
         with pytest.raises(ConfigError, match="links only to http"):
             checked_viewer(url)
@@ -391,7 +391,7 @@ def test_the_command(
     assert done.exit_code == 0, done.output
     assert "not recomputed" in done.output
     html = (tmp_path / "report.html").read_text()
-    assert 'href="https://v.example/ui/#/session/' in html
+    assert 'href="https://v.example/ui/#/s/' in html
     assert "Not recomputed" in html
     done = CliRunner().invoke(main, ["report", "f.parquet", "--viewer", "javascript:x"])
     assert (done.exit_code, "give the viewer's own URL" in done.output) == (2, True)

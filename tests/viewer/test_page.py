@@ -14,6 +14,7 @@ from conftest import Beside
 from gatewaykit import gateway_for
 from tokentape.engines.server import serve
 from tokentape.engines.sglang_score import Scores
+from tokentape.report.links import sample_link
 from tokentape.store import SQLiteStore
 from tokentape.tokenizer import Tokenizer
 from tokentape.viewer.app import make_app
@@ -404,6 +405,14 @@ def test_the_key_is_asked_for(page: Page, beside: Beside, shared: World, model: 
 # -- length, time
 
 
+def test_a_report_links_to_what_the_page_shows(page: Page, long: str) -> None:
+    """Two parts that were made apart: the link of one is a view of the other."""
+    page.own.goto(sample_link(f"{long}/ui/", "long", "t39"))
+    page.own.wait_for_selector("html[data-ready]")
+    page.own.wait_for_selector(".grid .t")
+    assert page.own.url.endswith(LONG)
+
+
 def test_a_long_tape_opens_and_scrolls(page: Page, long: str) -> None:
     opened: list[float] = []
     for _ in range(3):  # others may use the machine, too
@@ -413,7 +422,6 @@ def test_a_long_tape_opens_and_scrolls(page: Page, long: str) -> None:
         page.own.wait_for_selector(".grid .t")
         opened.append(time.monotonic() - began)
     frames = [page.own.evaluate(SCROLL) for _ in range(3)]
-    print(f"opened in {min(opened):.2f} s, longest frame {min(frames):.0f} ms")
     assert min(opened) < 2
     assert min(frames) < 200
     page.until("document.querySelector(\".grid .t[data-at='99999']\") !== null")

@@ -24,6 +24,6 @@ def checked_viewer(url: str) -> str:
 
 
 def sample_link(viewer: str, session_id: str, sample_id: str) -> str:
-    """The viewer's page of one branch; ids are quoted, whatever is in them."""
+    """The viewer's page of one branch, its tokens; ids are quoted, whatever is in them."""
     session, sample = (quote(each, safe="", errors="replace") for each in (session_id, sample_id))
-    return f"{viewer}#/session/{session}/branch/{sample}"
+    return f"{viewer}#/s/{session}?b={sample}&tab=tokens"
