@@ -114,9 +114,10 @@ def test_pictures_say_what_they_show(pages: dict[Path, Links], site: Path) -> No
         alts = re.findall(rf"!\[([^\]]*)\]\([^)]*images/{picture.name}\)", text)
         assert alts, f"{picture.name} is shown nowhere"
         assert all(len(alt) > 40 for alt in alts), picture.name
-        assert "style>" not in picture.read_text(encoding="utf-8"), "it would hold for the whole page"
+        if picture.suffix == ".svg":
+            assert "style>" not in picture.read_text(encoding="utf-8"), "it would hold for the whole page"
     built = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.html"))
-    assert built.count('<figure class="picture"><svg role="img"') >= len([*(DOCS / "images").iterdir()])
+    assert built.count('<figure class="picture"><svg role="img"') >= len([*(DOCS / "images").glob("*.svg")])
 
 
 def test_tables_show_pipes(site: Path) -> None:
