@@ -112,7 +112,8 @@ def ray_cluster(directory: Path, num_nodes: int) -> Generator[tuple[Network, str
     network = Network()
     # Short, for its sockets; not where another Ray of this machine is.
     temp = Path(f"/tmp/tt-ray-{os.getpid()}")
-    os.environ |= {"RAY_TMPDIR": str(temp), "RAY_AUTH_MODE": "disabled"}  # nobody else is on these cables
+    os.environ["RAY_TMPDIR"] = str(temp)
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else is on these cables
     address = f"{network.address}:6399"
     try:
         network.up()
