@@ -67,7 +67,7 @@ def shared(beside: Beside, model: Path, tmp_path_factory: pytest.TempPathFactory
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it lives, no other event loop runs in this thread
 def browser() -> Iterator[Any]:
     chromium = shutil.which("chromium")
     if chromium is None:

@@ -182,7 +182,7 @@ async def test_drift_is_where_encoding_again_differs(fake: FakeSGLang, gateway: 
 
 async def test_search(fake: FakeSGLang, gateway: Gateway) -> None:
     session_id = await episode(fake, gateway)
-    sample = max(await gateway.samples(session_id), key=lambda one: len(one["token_ids"]))
+    [sample] = [one for one in await gateway.samples(session_id) if len(one["turns"]) == 3]
     ids, path = sample["token_ids"], f"/sessions/{session_id}/view/{sample['sample_id']}"
     text = TOKENIZER.decode(ids, skip_special_tokens=False)
     for wanted in ("weather", "HELLO", "the wor", "<|im_end|>"):

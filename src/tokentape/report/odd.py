@@ -69,14 +69,18 @@ Found: TypeAlias = tuple[str, float] | None
 
 
 def _outside(value: float | None, usual: Distribution, above: bool) -> float | None:
-    """By how many distances between the quartiles a number lies beyond the fence; None where it does not."""
+    """How far beyond the quartile a number lies, None where it is within the fence.
+
+    In distances between the quartiles; where these are the same number, in that number.
+    """
     if value is None or usual.count < _ENOUGH or usual.p25 is None or usual.p75 is None:
         return None
     width = usual.p75 - usual.p25
-    beyond = value - usual.p75 if above else usual.p25 - value
+    edge = usual.p75 if above else usual.p25
+    beyond = value - edge if above else edge - value
     if beyond <= 1e-9 + 0.005 * abs(value) or beyond <= _FAR * width:  # quantiles have three digits
         return None
-    return min(beyond / width, 99.0) if width else 99.0
+    return beyond / (width or abs(edge) or 1.0)
 
 
 def _half(usual: Distribution, form: str = ",.0f") -> str:

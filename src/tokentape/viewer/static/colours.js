@@ -28,7 +28,7 @@ export const MODES = {
   version: {
     title: "weight version",
     of: (token, grid) => (token.version === null ? "none" : `v${grid.versions.indexOf(token.version) % 6}`),
-    word: (token) => (token.version === null ? WORDS[token.kind] : `weights ${token.version}`),
+    word: (token) => (token.version === null ? WORDS[token.kind] : `@ ${token.version}`),
     legend: (grid) => [...grid.versions.map((version, index) => [`v${index % 6}`, "abc", version]), ["none", "abc", "not sampled, or not known"]],
   },
   difference: {

@@ -2,7 +2,7 @@
 
 import { get, of } from "./api.js";
 import { MODES, provenance } from "./colours.js";
-import { h, later } from "./dom.js";
+import { h, later, plain } from "./dom.js";
 
 const ROW = 24; // px, as in style.css
 const CHUNK = 2048; // tokens
@@ -237,7 +237,7 @@ export class Tokens {
         const isNew = token.turn.begin === start || token.turn.start === start;
         const above = start > 0 && line % 16 ? this.looker()(start - 1) : null;
         const word = isNew ? `${token.index + 1} ${mode.word(token)}` : !above || mode.word(above) !== mode.word(token) ? mode.word(token) : "";
-        gutter.prepend(h("i", {}, word));
+        gutter.prepend(h("i", { title: plain(word) }, plain(word)));
       }
       let kind = `t ${mode.of(token, this)}`;
       if (this.hits.length && this.isHit(at)) kind += at >= (this.now?.[0] ?? -1) && at < (this.now?.[1] ?? -1) ? " hit now" : " hit";
