@@ -15,7 +15,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -33,6 +33,7 @@ from tokentape.postgres_sql import (
     DELETE,
     DISMISS,
     FAILED,
+    FORGET,
     HELD_BY,
     HOLDER,
     LIST,
@@ -40,6 +41,7 @@ from tokentape.postgres_sql import (
     LOAD,
     PUT_VERSION,
     RELEASE,
+    RELEASE_ALL,
     RENEW,
     REPLACE,
     REPLICAS,
@@ -130,7 +132,7 @@ class PostgresStore:
             del again  # done twice is done once
             fence = self._fences.get(record.session_id)
             statement = CREATE if fence is None else REPLACE
-            given = {**row, "me": self.replica_id, "fence": fence}
+            given = {**row, "me": self.replica_id, "fence": fence, "first": secrets.randbits(48)}
             found = await _row(connection, statement, given)
             if found is None and fence is None:
                 raise SessionExists(f"session {record.session_id!r} exists already", param="session_id")
@@ -218,13 +220,25 @@ class PostgresStore:
         Raises:
             SessionElsewhere: another replica has it.
         """
+        return await self._load(session_id, self._take)
 
+    async def read(self, session_id: str) -> StoredSession | None:
+        """The same without taking it: whoever writes it goes on."""
+
+        async def look(connection: Connection, given: Mapping[str, Any]) -> DictRow | None:
+            return await _row(connection, LOAD["session"], given)
+
+        return await self._load(session_id, look)
+
+    async def _load(
+        self, session_id: str, find: Callable[[Connection, Mapping[str, Any]], Awaitable[DictRow | None]]
+    ) -> StoredSession | None:
         async def run(
             connection: Connection, again: bool
         ) -> tuple[DictRow, list[DictRow], list[DictRow]] | None:
             del again
             given = {"session_id": session_id, "me": self.replica_id}
-            found = await self._take(connection, given)
+            found = await find(connection, given)
             if found is None:
                 return None
             return (
@@ -255,7 +269,8 @@ class PostgresStore:
             return True
         fence, lapses = self._fences.get(session_id), self._num_lapses
         rows = await self._read(HELD_BY, {"session_id": session_id})
-        held = bool(rows) and (rows[0]["fence"] == fence or rows[0]["state"] == "finished")
+        # A finished one has no fence here: whatever becomes of its holder, it stays as it is.
+        held = bool(rows) and (rows[0]["state"] == "finished" if fence is None else rows[0]["fence"] == fence)
         if held and fence is not None:
             self._confirmed[session_id] = lapses
         return held
@@ -276,6 +291,11 @@ class PostgresStore:
     # -- replicas
 
     @property
+    def num_lapses(self) -> int:
+        """How often others may have taken this replica's sessions."""
+        return self._num_lapses
+
+    @property
     def is_leased(self) -> bool:
         """Whether this replica's lease holds, as far as it knows: nobody else can have its sessions."""
         return time.monotonic() < self._valid_until
@@ -283,7 +303,10 @@ class PostgresStore:
     async def advertise(self, url: str | None) -> None:
         """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
         self._url = url
-        await self._do(self._renew())
+        try:
+            await self._do(self._renew())
+        except (psycopg.Error, PoolTimeout) as error:
+            raise StoreError(f"the store failed: {_one_line(error)}") from error
 
     async def replicas(self) -> Sequence[Replica]:
         """The replicas that are there and are not leaving."""
@@ -304,12 +327,23 @@ class PostgresStore:
 
         async def run(connection: Connection, again: bool) -> None:
             del again
-            fence = self._fences.pop(session_id, None)
-            self._confirmed.pop(session_id, None)
-            if fence is not None:
+            if (fence := self._fences.get(session_id)) is not None:
                 await connection.execute(RELEASE, {"session_id": session_id, "fence": fence})
+            self._fences.pop(session_id, None)
+            self._confirmed.pop(session_id, None)
 
         await self._change(session_id, run)
+
+    async def release_all(self, busy: Collection[str]) -> None:
+        """Give back all sessions but those `busy`: also the ones that are in no memory."""
+
+        async def run(connection: Connection, again: bool) -> None:
+            del again
+            for row in await _rows(connection, RELEASE_ALL, {"me": self.replica_id, "busy": list(busy)}):
+                self._fences.pop(row["session_id"], None)
+                self._confirmed.pop(row["session_id"], None)
+
+        await self._change("", run)
 
     # -- in the store's thread
 
@@ -323,18 +357,24 @@ class PostgresStore:
         )
         async with await Connection.connect(conninfo, autocommit=True, row_factory=dict_row) as connection:
             await migrate(connection, tokenizer, readonly=self._readonly)
-        pool = AsyncConnectionPool[Connection](
-            conninfo,
-            kwargs={"autocommit": True, "row_factory": dict_row},
-            min_size=1,
-            max_size=_MAX_CONNECTIONS,
-            timeout=5.0,
-            open=False,
+        pool, self._for_lease = (
+            AsyncConnectionPool[Connection](
+                conninfo,
+                kwargs={"autocommit": True, "row_factory": dict_row},
+                min_size=0 if self._readonly else 1,
+                max_size=size,
+                timeout=5.0,
+                open=False,
+            )
+            for size in (_MAX_CONNECTIONS, 1)
         )
         await pool.open()
         self._pool = pool
         if not self._readonly:
+            await self._for_lease.open()
             await self._renew()
+            async with self._for_lease.connection() as connection:
+                await connection.execute(FORGET)
             self._renewing = asyncio.ensure_future(self._renew_for_ever())
         return pool
 
@@ -346,16 +386,17 @@ class PostgresStore:
         )
         with contextlib.suppress(psycopg.Error, PoolTimeout):  # then the lease runs out by itself
             if not self._readonly:
-                async with self._pool.connection() as connection:
-                    await connection.execute("DELETE FROM replicas WHERE replica_id = %s", (self.replica_id,))
+                async with self._for_lease.connection() as connection:
+                    await connection.execute(DISMISS, {"replica_id": self.replica_id})
+        await self._for_lease.close()
         await self._pool.close()
 
     async def _renew(self) -> None:
         began = time.monotonic()
-        async with self._pool.connection() as connection:
+        async with self._for_lease.connection() as connection:  # which no commit has to itself
             given = {"me": self.replica_id, "url": self._url, "lease_s": self.lease_s}
             [found] = await _rows(connection, RENEW, given)
-        if self._valid_until < began or found["is_new"]:
+        if self._valid_until < time.monotonic() or found["has_lapsed"]:  # by this clock, or by the database's
             self._num_lapses += 1  # others may have taken sessions meanwhile: each is asked for again
         self._valid_until = began + self.lease_s
 
@@ -368,14 +409,14 @@ class PostgresStore:
                 log.warning("store: the lease cannot be renewed: %s", _one_line(error))
 
     async def _take(self, connection: Connection, given: Mapping[str, Any]) -> DictRow | None:
-        if self._readonly:
-            return await _row(connection, LOAD["session"], given)
         lapses = self._num_lapses
         found = await _row(connection, TAKE, given)
         if found is not None:
             if found["state"] == "open":
                 self._fences[found["session_id"]] = found["fence"]
                 self._confirmed[found["session_id"]] = lapses
+            else:
+                self._fences.pop(found["session_id"], None)
             return found
         holder = await _row(connection, HOLDER, given)
         if holder is None:
@@ -424,18 +465,23 @@ class PostgresStore:
 
     async def _trying(self, run: Callable[[Connection, bool], Awaitable[T]], *, writes: bool) -> T:
         """Run on a connection, and `again` on another one where it was lost: it may be done already."""
-        until, again = time.monotonic() + _PATIENCE_S, False
+        until, again = self._loop.time() + _PATIENCE_S, False
         while True:
             sent = False
             try:
-                async with self._pool.connection() as connection:
+                async with asyncio.timeout_at(until), self._pool.connection() as connection:
                     sent = True
                     return await run(connection, again)
-            except (psycopg.OperationalError, PoolTimeout, psycopg.errors.ReadOnlySqlTransaction) as error:
+            except (
+                psycopg.OperationalError,
+                PoolTimeout,
+                psycopg.errors.ReadOnlySqlTransaction,
+                TimeoutError,
+            ) as error:
                 again = again or (sent and writes)
                 if isinstance(error, psycopg.errors.DiskFull):
                     raise StoreFull(f"the store failed: {_one_line(error)}") from error
-                if time.monotonic() > until or self._closed:
+                if self._loop.time() >= until or self._closed:
                     raise StoreError(f"the store failed: {_one_line(error)}", uncertain=again) from error
                 await asyncio.sleep(_RETRY_S)
             except psycopg.Error as error:

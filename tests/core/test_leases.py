@@ -7,7 +7,8 @@ import psycopg
 import pytest
 from recorded import record, turn
 
-from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists
+from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError
+from tokentape.export import stored_samples
 from tokentape.postgres import PostgresStore
 
 
@@ -151,3 +152,121 @@ async def _taken(other: PostgresStore, holder: str) -> None:
     async with other._pool.connection() as connection:
         await connection.execute("DELETE FROM replicas WHERE replica_id = %s", (holder,))
         await other._take(connection, {"session_id": "s", "me": other.replica_id})
+
+
+async def test_a_session_that_was_deleted_and_made_again_is_another_one(database: str) -> None:
+    """Who held the first one commits nothing to the second: no two of them have the same fence."""
+    one, two = PostgresStore(database, lease_s=60.0), PostgresStore(database, lease_s=60.0)
+    await one.put_session(record())
+    await two.dismiss(one.replica_id)
+    assert await two.load("s") is not None
+    await two.delete("s")
+    await two.put_session(record(metadata={"of": "two"}))
+    await one._do(one._renew())
+    assert not await one.holds("s")
+    for write in (one.put_turns("s", [turn("t1")]), one.put_session(record(state="finished", reward=9.0))):
+        with pytest.raises(LeaseLost):
+            await write
+    stored = await two.load("s")
+    assert stored is not None
+    assert (stored.record, stored.turns) == (record(metadata={"of": "two"}), ())
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_a_session_that_another_one_finished_is_read_again(database: str) -> None:
+    """What was here before it went is half of it."""
+    one, two = PostgresStore(database, lease_s=60.0), PostgresStore(database, lease_s=60.0)
+    await one.put_session(record())
+    await two.dismiss(one.replica_id)
+    assert await two.load("s") is not None
+    await two.put_turns("s", [turn("t1")])
+    await two.put_session(record(state="finished"))
+    await one._do(one._renew())
+    assert not await one.holds("s")
+    assert await two.holds("s")
+    await two.release_all(())
+    stored = await one.load("s")
+    assert stored is not None
+    assert [t.turn_id for t in stored.turns] == ["t1"]
+    assert await one.holds("s")
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_a_lease_that_ended_by_the_databases_clock_alone_is_another_one(database: str) -> None:
+    one = PostgresStore(database, lease_s=60.0)
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
+        await connection.execute("UPDATE replicas SET expires_at = now() - interval '1 second'")
+    before = one.num_lapses
+    await one._do(one._renew())
+    assert one.num_lapses == before + 1
+    await one._do(one._renew())
+    assert one.num_lapses == before + 1
+    await one.aclose()
+
+
+async def test_commits_that_wait_do_not_delay_the_lease(database: str) -> None:
+    """All of the store's connections wait for somebody's lock; the lease is renewed on its own."""
+    store = PostgresStore(database, lease_s=1.0)
+    names = [f"s{number}" for number in range(20)]
+    for name in names:
+        await store.put_session(record(name))
+    async with await psycopg.AsyncConnection.connect(database) as connection:
+        await connection.execute("LOCK TABLE turns IN SHARE MODE")
+        commits = asyncio.gather(*(store.put_turns(name, [turn(f"t-{name}")]) for name in names))
+        before = store.num_lapses
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            assert store.is_leased
+        assert not commits.done()
+    await commits
+    assert store.num_lapses == before
+    await store.aclose()
+
+
+async def test_to_read_is_not_to_take(database: str) -> None:
+    one, two = PostgresStore(database, lease_s=60.0), PostgresStore(database, lease_s=60.0)
+    await one.put_session(record())
+    await one.put_turns("s", [turn("t1")])
+    stored = await two.read("s")
+    assert stored is not None
+    assert [t.turn_id for t in stored.turns] == ["t1"]
+    await one.put_turns("s", [turn("t2", parent_id="t1", branch_reason=None)])
+    assert await two.read("none") is None
+    [batch] = [batch async for batch in stored_samples(two, ["s"])]  # nor is to export
+    assert batch.num_rows == 1
+    await one.put_turns("s", [turn("t3", parent_id="t2", branch_reason=None)])
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_who_leaves_gives_back_what_it_does_not_use(database: str) -> None:
+    """Also the sessions that are finished, and those that are in no memory any more."""
+    one, two = PostgresStore(database, lease_s=60.0), PostgresStore(database, lease_s=60.0)
+    for name in ("busy", "idle", "done"):
+        await one.put_session(record(name))
+    await one.put_session(record("done", state="finished"))
+    await one.release_all({"busy"})
+    assert await two.load("idle") is not None
+    assert await two.load("done") is not None
+    with pytest.raises(SessionElsewhere):
+        await two.load("busy")
+    await one.put_turns("busy", [turn("t1")])
+    with pytest.raises(LeaseLost):
+        await one.put_turns("idle", [turn("t2")])
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_a_lost_database_is_a_store_error(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever leaves just then must be able to."""
+    store = PostgresStore(database, lease_s=60.0)
+
+    async def lost() -> None:
+        raise psycopg.OperationalError("the connection is closed")
+
+    monkeypatch.setattr(store, "_renew", lost)
+    with pytest.raises(StoreError, match="the connection is closed"):
+        await store.advertise(None)
+    await store.aclose()

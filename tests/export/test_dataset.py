@@ -138,8 +138,8 @@ def test_chosen_sessions(store: Path, tmp_path: Path) -> None:
 
 def test_a_session_that_is_deleted_meanwhile(store: Path, tmp_path: Path) -> None:
     class Deleting(SQLiteStore):
-        async def load(self, session_id: str) -> Any:
-            return None if session_id == "s2" else await super().load(session_id)
+        async def read(self, session_id: str) -> Any:
+            return None if session_id == "s2" else await super().read(session_id)
 
     async def run() -> None:
         source = Deleting(store, readonly=True)
@@ -317,7 +317,7 @@ class Unread(SQLiteStore):
     async def list_sessions(self, **_: Any) -> Any:
         raise AssertionError
 
-    async def load(self, session_id: str) -> Any:
+    async def read(self, session_id: str) -> Any:
         raise AssertionError
 
 

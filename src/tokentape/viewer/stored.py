@@ -63,7 +63,7 @@ class StoreSource:
     async def _load(self, session_id: str) -> StoredSession:
         read = self._read.get(session_id)
         if read is None or time.monotonic() - read.at > _FRESH_S:
-            stored = await self._store.load(session_id)
+            stored = await self._store.read(session_id)
             if stored is None:
                 raise NotFound(f"session {session_id!r} does not exist")
             read = _Read(time.monotonic(), stored)

@@ -145,10 +145,6 @@ async def running(app: web.Application, *, drain_s: float) -> AsyncGenerator[web
     try:
         yield runner
     finally:
-        for site in list(runner.sites):
-            await site.stop()
-        for _ in range(3):  # a connection that was just accepted is not the server's yet: it would stay open
-            await asyncio.sleep(0)
         await runner.cleanup()
 
 
