@@ -58,7 +58,7 @@ async def test_a_replica_that_was_taken_for_dead_asks_again(database: str) -> No
     await one.put_session(record())
     await two.dismiss(one.replica_id)
     assert await two.load("s") is not None
-    await one._do(one._renew())
+    await one._connections.do(one._renew())
     assert not await one.holds("s")
     await one.aclose()
     await two.aclose()
@@ -110,7 +110,7 @@ async def test_a_lease_that_is_renewed_too_late_is_another_one(database: str) ->
     one._renewing.cancel()
     await asyncio.sleep(0.6)
     assert await two.load("s") is not None
-    await one._do(one._renew())
+    await one._connections.do(one._renew())
     assert one.is_leased
     assert [await one.holds(session_id) for session_id in ("s", "t")] == [False, True]
     await one.aclose()
@@ -132,7 +132,7 @@ async def test_a_turn_whose_answer_was_lost_is_stored_once(is_taken: bool, datab
             broken.append(1)
             await self.connection.close()
             if is_taken:
-                await asyncio.wrap_future(other._submit(_taken(other, store.replica_id)))
+                await asyncio.wrap_future(other._connections.submit(_taken(other, store.replica_id)))
             raise psycopg.OperationalError("the connection is lost")
         return done
 
@@ -149,7 +149,7 @@ async def test_a_turn_whose_answer_was_lost_is_stored_once(is_taken: bool, datab
 
 async def _taken(other: PostgresStore, holder: str) -> None:
     """Another replica takes the session; in its own store's thread."""
-    async with other._pool.connection() as connection:
+    async with other._connections.pool.connection() as connection:
         await connection.execute("DELETE FROM replicas WHERE replica_id = %s", (holder,))
         await other._take(connection, {"session_id": "s", "me": other.replica_id})
 
@@ -162,7 +162,7 @@ async def test_a_session_that_was_deleted_and_made_again_is_another_one(database
     assert await two.load("s") is not None
     await two.delete("s")
     await two.put_session(record(metadata={"of": "two"}))
-    await one._do(one._renew())
+    await one._connections.do(one._renew())
     assert not await one.holds("s")
     for write in (one.put_turns("s", [turn("t1")]), one.put_session(record(state="finished", reward=9.0))):
         with pytest.raises(LeaseLost):
@@ -182,7 +182,7 @@ async def test_a_session_that_another_one_finished_is_read_again(database: str) 
     assert await two.load("s") is not None
     await two.put_turns("s", [turn("t1")])
     await two.put_session(record(state="finished"))
-    await one._do(one._renew())
+    await one._connections.do(one._renew())
     assert not await one.holds("s")
     assert await two.holds("s")
     await two.release_all(())
@@ -199,9 +199,9 @@ async def test_a_lease_that_ended_by_the_databases_clock_alone_is_another_one(da
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
         await connection.execute("UPDATE replicas SET expires_at = now() - interval '1 second'")
     before = one.num_lapses
-    await one._do(one._renew())
+    await one._connections.do(one._renew())
     assert one.num_lapses == before + 1
-    await one._do(one._renew())
+    await one._connections.do(one._renew())
     assert one.num_lapses == before + 1
     await one.aclose()
 

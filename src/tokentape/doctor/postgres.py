@@ -10,7 +10,7 @@ from tokentape.doctor.checks import Check, Checks, one_line
 from tokentape.postgres import without_password
 
 _OLDEST = 120000
-_CONNECTIONS = 16  # a gateway's pool
+_CONNECTIONS = 17  # a gateway's pool
 
 
 def check_postgres(dsn: str, fingerprint: str | None) -> list[Check]:
