@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from gatewaykit import (
 from serving import serving
 from tokentape.cli import main
 from tokentape.errors import ConfigError
+from tokentape.gateway.passing import connector
 from tokentape.gateway.replicas import places
 from tokentape.invariants import check_samples
 from tokentape.postgres import PostgresStore
@@ -190,6 +192,23 @@ async def test_postgres_is_restarted_under_load(
         await episodes
         rows = [row for agent in agents for row in await gateways[0].samples(agent.session_id)]
         assert_samples_match(seen_by(fake), rows, num_turns=72)
+
+
+async def test_a_peer_whose_machine_is_gone_is_probed(fake: FakeSGLang) -> None:
+    """It sends nothing that would end a connection; without probes its answer is waited for without end."""
+    probed: list[socket.socket] = []
+    made = connector()
+    factory = made._socket_factory
+    assert factory is not None
+    made._socket_factory = lambda address: probed.append(own := factory(address)) or own
+    async with aiohttp.ClientSession(connector=made) as client, client.get(f"{fake.url}/health") as answer:
+        assert answer.status == 200
+        [own] = probed
+        assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = ("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 8000)
+        for name, value in options:
+            if hasattr(socket, name):
+                assert own.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
 
 
 def test_a_place_moves_only_where_it_must() -> None:

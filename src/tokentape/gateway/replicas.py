@@ -26,6 +26,7 @@ from tokentape.gateway.passing import (
     Handler,
     Peer,
     asked_for,
+    connector,
     done_by_all,
     pass_on,
 )
@@ -172,8 +173,8 @@ async def replicated(
     gateway: Gateway, named: Callable[[web.Request], str | None]
 ) -> AsyncGenerator[Replicas]:
     """This replica while the context is open; it is there when it `arrive`s."""
-    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None, sock_connect=3.0)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as client:
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=3.0)
+    async with aiohttp.ClientSession(connector=connector(), timeout=timeout, auto_decompress=False) as client:
         replicas = Replicas(gateway, client, named)
         watching = asyncio.ensure_future(replicas.watch())
         try:
