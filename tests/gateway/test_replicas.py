@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -144,6 +145,35 @@ async def test_a_replica_that_is_killed(
         await asyncio.gather(*(agent.turn(USER) for agent in agents))
         rows = [row for agent in agents for row in await stays.samples(agent.session_id)]
         assert_samples_match(seen_by(fake), rows, num_turns=16)
+
+
+async def test_a_replica_that_was_frozen_has_what_another_one_finished(
+    fake: FakeSGLang, model_dir: Path, database: str, tmp_path: Path
+) -> None:
+    """It has the first turn in memory; nobody may be given that for the whole."""
+    fake.responder = lambda asked: sampled("hello", seed=len(asked.input_ids))
+    arguments = ["serve", "--model", str(model_dir), "--engine", fake.url, "--port", "0"]
+    arguments += ["--store", database, "--lease", str(LEASE_S)]
+    async with (
+        gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as stays,
+        serving(tmp_path / "log", *arguments) as process,
+        aiohttp.ClientSession() as client,
+    ):
+        frozen = Gateway(process.url, client)
+        agents = [Agent(frozen, await frozen.create(session_id=f"s{n}")) for n in range(6)]
+        for agent in agents:
+            await agent.turn(USER)
+        process.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(2 * LEASE_S)
+        for agent in agents:
+            agent.gateway = stays
+            await agent.turn(USER)
+            await stays.ok("POST", f"/sessions/{agent.session_id}/finish", {"reward": 1.0})
+        process.process.send_signal(signal.SIGCONT)
+        for gateway in (frozen, stays):
+            for agent in agents:
+                [row] = await gateway.samples(agent.session_id)
+                assert (len(row["turns"]), row["reward"]) == (2, 1.0)
 
 
 async def test_a_turn_that_is_overtaken_is_refused(fake: FakeSGLang, model_dir: Path, database: str) -> None:
