@@ -315,6 +315,33 @@ async def test_nothing_is_sent_where_nothing_changed(fake: FakeSGLang, gateway: 
     assert len(tags) == 3
 
 
+async def test_a_later_session_of_the_same_id_is_another(
+    fake: FakeSGLang, gateway: Gateway, store: Path
+) -> None:
+    fake.responder = lambda _: sampled("hello")
+    opened = open_store(store, readonly=True)
+    seen = list[tuple[str, str, str]]()
+    for _ in range(2):
+        await gateway.create(session_id="again")
+        turn_id = (await gateway.chat("again", [USER]))["tokentape"]["turn_id"]
+        answer = await gateway.request("GET", "/sessions/again/view")
+        assert [turn["turn_id"] for turn in answer.body["turns"]] == [turn_id]
+        await gateway.ok("GET", f"/sessions/again/view/{turn_id}")
+        seen.append((turn_id, answer.headers["ETag"], await StoreSource(opened, "s").version("again")))
+        await gateway.ok("DELETE", "/sessions/again")
+    assert all(first != second for first, second in zip(*seen, strict=True))
+
+
+async def test_another_file_is_another_version(
+    fake: FakeSGLang, gateway: Gateway, store: Path, tmp_path: Path
+) -> None:
+    session_id = await episode(fake, gateway)
+    [_, before] = await sources(store, tmp_path)
+    [_, after] = await sources(store, tmp_path)  # written again
+    assert await before.version(session_id) == await before.version(session_id)
+    assert await before.version(session_id) != await after.version(session_id)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_wire_is_kept(fake: FakeSGLang, gateway: Gateway, *, stream: bool) -> None:
     session_id = await gateway.create()
