@@ -3,6 +3,7 @@
 import json
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from gatewaykit import (
     CLOCK,
@@ -31,10 +35,12 @@ from tokentape.export import stored_samples, write_parquet
 from tokentape.gateway.wirelog import Exchanged, WireLog
 from tokentape.store import SQLiteStore
 from tokentape.stores import open_store
-from tokentape.testing import FakeSGLang, Reply, pseudo_logprob
+from tokentape.testing import FakeSGLang, Reply, byte_level_tokenizer, pseudo_logprob
 from tokentape.tokenizer import Tokenizer
 from tokentape.viewer.app import make_app
 from tokentape.viewer.desk import Desk
+from tokentape.viewer.drift import drifts as viewed_drifts
+from tokentape.viewer.episode import Branch, Stretch
 from tokentape.viewer.files import FileSource
 from tokentape.viewer.glyphs import Glyphs, visible, width
 from tokentape.viewer.source import Source
@@ -178,6 +184,75 @@ async def test_drift_is_where_encoding_again_differs(fake: FakeSGLang, gateway: 
             assert again == TOKENIZER.encode(TOKENIZER.decode(ids, skip_special_tokens=False)).ids
             found += len(mine)
     assert found
+
+
+def sampled_branch(ids: Sequence[int]) -> Branch:
+    """One turn that sampled these ids, and was given one."""
+    token_ids = array("i", [1, *ids])
+    logprobs = array("f", [-1.0] * len(token_ids))
+    one = Stretch("t", 0, 1, len(token_ids), trained=True)
+    return Branch("t", "root", "main", "", None, False, token_ids, logprobs, (), (one,))
+
+
+def drifts_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[Json]:
+    """The drifts of a turn; put in their places they are the other encoding."""
+    glyphs = Glyphs(tokenizer)
+    said = viewed_drifts(sampled_branch(ids), tokenizer, glyphs)
+    again = [1, *ids]
+    for one in reversed(said):
+        mine = again[one["start"] : one["end"]]
+        assert one["recorded"] == [glyphs.of(token_id).text for token_id in mine[:64]]
+        assert one["texts"] == [glyphs.of(token_id).text for token_id in one["ids"]]
+        assert one["cut"] == (max(len(mine), one["num_ids"]) > 64)
+        assert not (mine and one["ids"] and (mine[0] == one["ids"][0] or mine[-1] == one["ids"][-1]))
+        again[one["start"] : one["end"]] = one["ids"]
+    if not any(one["cut"] for one in said):
+        text = tokenizer.decode([token_id for token_id in ids if glyphs.bytes_of(token_id)])
+        assert array("i", again[1:]) == tokenizer.encode(text)
+    return said
+
+
+@pytest.fixture(scope="module")
+def composing(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A byte-level tokenizer that makes one character of a letter and an accent, as Qwen's do."""
+    library = byte_level_tokenizer()
+    library.normalizer = normalizers.NFC()
+    library.save(str(path := tmp_path_factory.mktemp("composing") / "tokenizer.json"))
+    return Tokenizer(path)
+
+
+def test_a_drift_is_as_short_as_it_can_be(composing: Tokenizer) -> None:
+    half = next(i for i in range(composing.vocab_size) if composing.token_bytes(i) == b"\xf0")
+    body = composing.encode("hello the weather, hello the world. " * 100)
+    said = drifts_of([*body[:10], half, *body[10:500], half, half, *body[500:]], composing)
+    assert [(one["start"], one["end"]) for one in said] == [(11, 12), (502, 503), (503, 504)]
+    unknown = composing.vocab_size + 5  # it means no text
+    [last] = drifts_of([*body, unknown], composing)
+    assert (last["recorded"], last["ids"]) == ([f"⟨#{unknown}⟩"], [])
+
+
+def test_a_drift_is_found_again_where_a_text_is_normalized(composing: Tokenizer) -> None:
+    bytes_of = {composing.token_bytes(i): i for i in range(composing.vocab_size)}
+    accented = [bytes_of[bytes([byte])] for byte in "e\u0301".encode()]
+    body = composing.encode("hello the weather, hello the world. " * 100)
+    three = drifts_of([*accented, *body, bytes_of[b"\xf0"], *body, *accented], composing)
+    assert [one["end"] - one["start"] <= 3 for one in three] == [True, True, True]
+
+
+def test_a_long_drift_is_cut(composing: Tokenizer) -> None:
+    letters = [composing.encode(letter)[0] for letter in "hello"]
+    [one] = drifts_of([composing.vocab_size + 5] * 100, composing)
+    assert (len(one["recorded"]), one["cut"], one["end"] - one["start"]) == (64, True, 100)
+    said = drifts_of(letters * 100, composing)
+    assert [one["cut"] for one in said] == [False] * 100
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_drifts_are_the_other_encoding(composing: Tokenizer, data: st.DataObject) -> None:
+    likely = composing.encode("hello weather e\u0301 \u00e9 👋")
+    ids = st.integers(0, composing.vocab_size + 5) | st.sampled_from(likely.tolist())
+    drifts_of(data.draw(st.lists(ids, max_size=60)), composing)
 
 
 async def test_search(fake: FakeSGLang, gateway: Gateway) -> None:
