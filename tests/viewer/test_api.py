@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
+from viewerkit import turn as made_turn
 
 from gatewaykit import (
     CLOCK,
@@ -33,10 +34,11 @@ from tokentape.engines.server import serve
 from tokentape.errors import ConfigError, NotFound
 from tokentape.export import stored_samples, write_parquet
 from tokentape.gateway.wirelog import Exchanged, WireLog
-from tokentape.store import SQLiteStore
+from tokentape.store import SessionRecord, SQLiteStore
 from tokentape.stores import open_store
 from tokentape.testing import FakeSGLang, Reply, byte_level_tokenizer, pseudo_logprob
 from tokentape.tokenizer import Tokenizer
+from tokentape.types import Message
 from tokentape.viewer.app import make_app
 from tokentape.viewer.desk import Desk
 from tokentape.viewer.drift import drifts as viewed_drifts
@@ -286,16 +288,12 @@ async def test_a_store_and_a_file_say_the_same(
         k: live[k] for k in ("summary", "turns", "branches")
     }
     other = await filed.session(session_id)
-    assert other["summary"] | {"state": "finished"} == live["summary"] | {
-        "created_at": None,
-        "reasons": other["summary"]["reasons"],
-    }
+    assert other["summary"] | {"state": "finished"} == live["summary"] | {"created_at": None}
     assert [branch["branch_id"] for branch in other["branches"]] == [
         branch["branch_id"] for branch in live["branches"]
     ]
     assert other["branches"] == live["branches"]
-    parents = {turn["turn_id"]: turn["parent_id"] for turn in live["turns"]}
-    assert {turn["turn_id"]: turn["parent_id"] for turn in other["turns"]} == parents
+    assert tree_of(other) == tree_of(live)
     for branch in live["branches"]:
         mine = await stored.branch(session_id, branch["branch_id"])
         its = await filed.branch(session_id, branch["branch_id"])
@@ -323,6 +321,44 @@ async def test_a_store_and_a_file_say_the_same(
             await desk.session("nobody")
         with pytest.raises(NotFound):
             await desk.branch(session_id, "no turn")
+
+
+def tree_of(session: Json) -> dict[str, tuple[str | None, str | None]]:
+    """Each turn's parent and reason."""
+    return {turn["turn_id"]: (turn["parent_id"], turn["reason"]) for turn in session["turns"]}
+
+
+@pytest.mark.parametrize(
+    "last", [("b2", "a2"), ("a2", "b2"), ("b2",), ("b2", "b3", "a2"), ("a3", "b2", "a2")], ids="-".join
+)
+@pytest.mark.parametrize("rewards", [{}, {"b2": 1.0}])
+async def test_a_file_shows_the_tree_of_its_store(
+    tmp_path: Path, last: tuple[str, ...], rewards: dict[str, float]
+) -> None:
+    """Whichever branch goes on first: the reasons are their turns', the session's reward is no branch's."""
+    commits = [("r", None, "root"), ("a1", "r", None), ("b1", "r", "resampled")]
+    begun = set[str]()
+    for name in last:
+        parent = f"{name[0]}1"
+        commits.append((name, parent, "forked" if parent in begun else None))
+        begun.add(parent)
+    commits += [("n1", None, "resampled"), ("n3", "n1", None), ("n2", "n1", "forked"), ("n4", "n3", None)]
+    at = SQLiteStore(tmp_path / "s.sqlite")
+    await at.put_session(SessionRecord("x", "finished", 1.5, reward=0.25, branch_rewards=rewards))
+    made = [
+        made_turn(name, [5], [6], parent_id=parent, branch_reason=reason, reply=Message("assistant", name))
+        for name, parent, reason in commits
+    ]
+    await at.put_turns("x", made)
+    await at.aclose()
+    stored, filed = [
+        await Desk(source).session("x") for source in await sources(tmp_path / "s.sqlite", tmp_path)
+    ]
+    assert tree_of(stored) == {name: (parent, reason) for name, parent, reason in commits}
+    assert tree_of(filed) == tree_of(stored)
+    assert filed["branches"] == stored["branches"]
+    assert filed["summary"]["reasons"] == stored["summary"]["reasons"]
+    assert filed["summary"]["reward"] == (None if rewards else 0.25)
 
 
 async def test_another_file_is_refused(tmp_path: Path) -> None:
