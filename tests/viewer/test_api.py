@@ -11,9 +11,10 @@ import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import decoders, models, normalizers
 from viewerkit import turn as made_turn
 
 from gatewaykit import (
@@ -47,7 +48,7 @@ from tokentape.viewer.files import FileSource
 from tokentape.viewer.glyphs import Glyphs, visible, width
 from tokentape.viewer.source import Source
 from tokentape.viewer.stored import StoreSource
-from tokentape.viewer.strip import first_difference
+from tokentape.viewer.strip import find_text, first_difference
 
 Json = dict[str, Any]
 
@@ -594,6 +595,65 @@ def test_glyphs_of_all_ids(model_dir: Path) -> None:
         assert glyph.columns == width(glyph.text) > 0
         assert bytes.fromhex(glyph.hex) == glyphs.bytes_of(token_id)
     assert Glyphs(None).of(17).text == " 17"
+
+
+class Counting(Tokenizer):
+    """A tokenizer that counts what it decodes."""
+
+    num_decoded = 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self.num_decoded += len(ids)
+        return super().decode(ids)
+
+
+@pytest.fixture(params=[False, True], ids=["", "strips"])
+def falling_back(request: pytest.FixtureRequest, tmp_path: Path) -> Counting:
+    """A vocabulary of words that begin with their space, and of bytes, as Gemma's is, and Llama 2's."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    for word in ("\u2581", "a", "h", "i", "\u2581hello", "\u2581world", "hello", "<|end|>"):
+        vocab[word] = len(vocab)
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, fuse_unk=True))
+    library.normalizer = normalizers.Replace(" ", "\u2581")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    library.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if request.param else [])])
+    library.save(str(tmp_path / "tokenizer.json"))
+    return Counting(tmp_path / "tokenizer.json")
+
+
+def ids_in(tokenizer: Tokenizer, *tokens: str | bytes) -> list[int]:
+    names = [[one] if isinstance(one, str) else [f"<0x{byte:02X}>" for byte in one] for one in tokens]
+    return [token_id for some in names for name in some if (token_id := tokenizer.id_of(name)) is not None]
+
+
+def test_tokens_that_are_not_bytes(falling_back: Counting) -> None:
+    glyphs = Glyphs(falling_back)
+    ids = ids_in(falling_back, "\u2581hello", "\u2581", "hello", "é\n".encode(), "<|end|>")
+    assert [glyphs.of(token_id).text for token_id in ids] == [
+        *(" hello", " ", "hello", "⟨c3⟩", "⟨a9⟩", "⏎", "<|end|>")
+    ]
+    assert b"".join(map(glyphs.bytes_of, ids)) == " hello helloé\n<|end|>".encode()
+    branch = sampled_branch(ids)
+    assert find_text(branch, glyphs, "é") == [(4, 6)]
+    assert find_text(branch, glyphs, "hello hello") == [(1, 4)]
+    assert glyphs.bytes_of(falling_back.vocab_size + 10**6) == b""
+
+
+async def test_attempts_stand_at_tokens_that_are_not_bytes(falling_back: Counting, tmp_path: Path) -> None:
+    """And the whole completion is not decoded again for each of its tokens."""
+    before, call = ["\u2581hello", "é".encode()] * 2000, ["\u2581world", "h", "i"]
+    start, ids = len(ids_in(falling_back, *before)), ids_in(falling_back, *before, *call, "\u2581hello")
+    text = falling_back.decode(ids)
+    span = {"start": text.index(" world"), "end": text.index(" world") + len(" worldhi")}
+    at = SQLiteStore(tmp_path / "s.sqlite")
+    await at.put_session(SessionRecord("x", "open", 1.5))
+    await at.put_turns("x", [made_turn("t", [97], ids, attempts=({"status": "ok", **span},))])
+    desk = Desk(StoreSource(at, "s"), falling_back)
+    falling_back.num_decoded = 0
+    [turn] = (await desk.branch("x", "t"))["turns"]
+    await at.aclose()
+    assert turn["attempts"] == [{"status": "ok", **span, "tokens": [1 + start, 1 + start + 3]}]
+    assert falling_back.num_decoded < 2 * len(ids)
 
 
 def test_first_difference() -> None:
