@@ -38,7 +38,7 @@ from tokentape.gateway.wirelog import Exchanged, WireLog
 from tokentape.store import SessionRecord, SQLiteStore
 from tokentape.stores import open_store
 from tokentape.testing import FakeSGLang, Reply, byte_level_tokenizer, pseudo_logprob
-from tokentape.tokenizer import Tokenizer
+from tokentape.tokenizer import TextStream, Tokenizer
 from tokentape.types import Message
 from tokentape.viewer.app import make_app
 from tokentape.viewer.desk import Desk
@@ -577,12 +577,23 @@ def test_everything_can_be_seen() -> None:
         "\ue000",
         "\ufeff",
         "\U000e0041",
+        "a\U000e0100b",
+        "a\u034fb",
+        "\u3164",
+        "\u115f\u1160",
+        "\uffa0",
+        "\u17b4",
+        "\u180b",
+        "\ufe00",
+        "\U0001d173",
     ):
         shown = visible(hostile)
         assert "⟨U+" in shown
         assert all(c.isprintable() for c in shown), ascii(shown)
     assert visible("a\tb\n") == "a⇥b⏎"
     assert visible("\u0301a") == "◌\u0301a"
+    assert visible("\ufe0ea") == "⟨U+FE0E⟩a"
+    assert visible("❤\ufe0f") == "❤\ufe0f"
     assert (width("日本"), width("e\u0301"), width("ab")) == (4, 1, 2)
 
 
@@ -605,6 +616,9 @@ class Counting(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         self.num_decoded += len(ids)
         return super().decode(ids)
+
+    def stream(self) -> TextStream:
+        raise AssertionError("it decodes all that there is again for each token")
 
 
 @pytest.fixture(params=[False, True], ids=["", "strips"])

@@ -11,6 +11,14 @@ from dataclasses import dataclass
 from tokentape.tokenizer import Tokenizer
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
+# Unicode's Default_Ignorable_Code_Point, of which `unicodedata` knows nothing, but U+FE0F: emoji end with it.
+_IGNORED = (
+    *(range(0xAD, 0xAE), range(0x34F, 0x350), range(0x61C, 0x61D), range(0x115F, 0x1161)),
+    *(range(0x17B4, 0x17B6), range(0x180B, 0x1810), range(0x200B, 0x2010), range(0x202A, 0x202F)),
+    *(range(0x2060, 0x2070), range(0x3164, 0x3165), range(0xFE00, 0xFE0F), range(0xFEFF, 0xFF00)),
+    *(range(0xFFA0, 0xFFA1), range(0xFFF0, 0xFFF9), range(0x1BCA0, 0x1BCA4), range(0x1D173, 0x1D17B)),
+    range(0xE0000, 0xE1000),
+)
 _JOINING = frozenset({"Mn", "Me", "Mc"})
 
 
@@ -114,7 +122,7 @@ def visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     shown = [_visible(character) for character in text]
-    if unicodedata.category(text[0]) in _JOINING:  # it would sit on the token before
+    if unicodedata.category(shown[0][0]) in _JOINING:  # it would sit on the token before
         shown.insert(0, "◌")
     return "".join(shown)
 
@@ -127,7 +135,7 @@ def _visible(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is no character by itself
         return f"⟨{code - 0xDC00:02x}⟩"
-    if unicodedata.category(character) in _HIDDEN:
+    if unicodedata.category(character) in _HIDDEN or any(code in codes for codes in _IGNORED):
         return f"⟨U+{code:04X}⟩"
     return character
 
