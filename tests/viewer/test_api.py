@@ -154,6 +154,32 @@ async def test_the_tree_and_the_table(fake: FakeSGLang, gateway: Gateway) -> Non
     assert not table["has_more"]
 
 
+async def test_the_table_has_no_long_metadata(
+    fake: FakeSGLang, gateway: Gateway, store: Path, tmp_path: Path
+) -> None:
+    many = {f"key-{n}": [0, 1, 2] for n in range(1000)}
+    given: list[Json] = [
+        {"prompt": "x" * 20_000, "try": 3},
+        {"é": ["é"] * 9000},
+        many,
+        {"a": ["b"]},
+    ]
+    fake.responder = lambda _: sampled("hello")
+    for number, metadata in enumerate(given):
+        await gateway.create(session_id=f"s{number}", metadata=metadata)
+        await gateway.chat(f"s{number}", [USER])
+    live = await gateway.ok("GET", "/ui/api/sessions")
+    for table in (live, *[await Desk(one).sessions("", 9) for one in await sources(store, tmp_path)]):
+        rows = table["sessions"]
+        assert [row.get("metadata_cut", False) for row in rows] == [True, True, True, False]
+        assert all(len(json.dumps(row["metadata"], ensure_ascii=False)) < 4000 for row in rows)
+        assert rows[0]["metadata"] == {"prompt": "x" * 1000 + "…", "try": 3}
+        assert rows[2]["metadata"]["key-3"] == [0, 1, 2]
+        assert rows[3]["metadata"] == {"a": ["b"]}
+    for number, metadata in enumerate(given):  # whoever looks at one session sees all
+        assert (await gateway.ok("GET", f"/sessions/s{number}/view/summary"))["metadata"] == metadata
+
+
 async def test_attempts_stand_at_their_tokens(fake: FakeSGLang, gateway: Gateway) -> None:
     session_id = await episode(fake, gateway)
     session = await gateway.ok("GET", f"/sessions/{session_id}/view")

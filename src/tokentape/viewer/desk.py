@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TypeVar
 
+import msgspec
+
 from tokentape.errors import NotFound, RequestError
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json
@@ -21,6 +23,7 @@ from tokentape.viewer.strip import MAX_HITS, find_id, find_text, first_differenc
 T = TypeVar("T")
 WireOf = Callable[[str], Json | None]
 MAX_PIECE = 8192
+MAX_METADATA = 2000  # bytes of JSON in a row; a page asks for 500 rows again and again
 _KEPT = 4  # episodes; a page asks for one at a time
 
 
@@ -57,9 +60,10 @@ class Desk:
         }
 
     async def sessions(self, after: str, limit: int) -> Json:
-        """A page of the table."""
+        """A page of the table; where there is much metadata it is cut, and `metadata_cut` says so."""
         page = await self._source.page(after=after, limit=limit)
-        return {"sessions": page.sessions, "has_more": page.has_more}
+        rows = await asyncio.to_thread(lambda: [_listed(row) for row in page.sessions])
+        return {"sessions": rows, "has_more": page.has_more}
 
     async def version(self, session_id: str) -> str:
         """The session's version, which changes with it."""
@@ -177,3 +181,19 @@ class Desk:
             }
             for attempt in attempts
         ]
+
+
+def _listed(row: Json) -> Json:
+    """A row of the table: its metadata whole, or no value of it longer than its share."""
+    metadata: Json = row["metadata"]
+    if len(msgspec.json.encode(metadata)) <= MAX_METADATA:
+        return row
+    left, share = MAX_METADATA, max(MAX_METADATA // len(metadata), 16)
+    short: Json = {}
+    for key, value in metadata.items():
+        if left <= 0:
+            break
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        short[key[:MAX_METADATA]] = value if len(text) <= share else f"{text[:share]}…"
+        left -= len(key) + min(len(text), share)
+    return {**row, "metadata": short, "metadata_cut": True}
