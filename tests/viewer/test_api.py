@@ -32,8 +32,12 @@ from gatewaykit import (
     sampled,
 )
 from tokentape.engines.server import serve
+from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError, NotFound
 from tokentape.export import stored_samples, write_parquet
+from tokentape.gateway.memory import MemoryLimits
+from tokentape.gateway.parts import PartsConfig, parts
+from tokentape.gateway.viewing import desk_of
 from tokentape.gateway.wirelog import Exchanged, WireLog
 from tokentape.store import SessionRecord, SQLiteStore
 from tokentape.stores import open_store
@@ -468,6 +472,24 @@ async def test_a_later_session_of_the_same_id_is_another(
         seen.append((turn_id, answer.headers["ETag"], await StoreSource(opened, "s").version("again")))
         await gateway.ok("DELETE", "/sessions/again")
     assert all(first != second for first, second in zip(*seen, strict=True))
+
+
+async def test_who_looks_at_sessions_pushes_none_out(fake: FakeSGLang, model_dir: Path, store: Path) -> None:
+    config = PartsConfig(
+        model=str(model_dir),
+        engine=SGLangConfig(fake.url),
+        store=store,
+        memory=MemoryLimits(max_sessions=2),
+    )
+    async with parts(config) as gateway:
+        names = [f"s{number}" for number in range(5)]
+        for name in names:
+            await gateway.sessions.create(name)
+        desk = desk_of(gateway)
+        for name in reversed(names):
+            await desk.version(name)
+            assert (await desk.session(name))["summary"] == await desk.summary(name)
+        assert [name for name in names if gateway.sessions.is_here(name)] == names[-2:]
 
 
 async def test_another_file_is_another_version(
