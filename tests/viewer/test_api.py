@@ -492,6 +492,54 @@ async def test_who_looks_at_sessions_pushes_none_out(fake: FakeSGLang, model_dir
         assert [name for name in names if gateway.sessions.is_here(name)] == names[-2:]
 
 
+class Asked(StoreSource):
+    """A source that counts how often it is asked for a version."""
+
+    num_asked = 0
+
+    async def version(self, session_id: str) -> str:
+        self.num_asked += 1
+        return await super().version(session_id)
+
+
+async def test_a_finished_session_is_not_read_for_every_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokentape.viewer.stored._FRESH_S", 0.0)
+    at = SQLiteStore(tmp_path / "s.sqlite")
+    source = Asked(at, "s")
+    desk = Desk(source)
+
+    async def asked(state: str, name: str) -> int:
+        await at.put_session(SessionRecord("x", state, 1.0))
+        await at.put_turns("x", [made_turn(name, [1], [2, 3])])
+        before = source.num_asked
+        for _ in range(10):
+            assert (await desk.tokens("x", name, 0, 3))["ids"] == [1, 2, 3]
+        return source.num_asked - before
+
+    assert await asked("open", "t1") == 10
+    await at.delete("x")
+    assert await asked("finished", "t2") == 1
+    await at.delete("x")
+    with pytest.raises(NotFound):
+        await desk.version("x")
+    with pytest.raises(NotFound):
+        await desk.tokens("x", "t2", 0, 3)
+    assert await asked("finished", "t3") == 1
+    await at.delete("x")
+    await at.put_session(SessionRecord("x", "finished", 2.0))
+    await at.put_turns("x", [made_turn("t4", [1], [2, 3])])
+    await desk.version("x")
+    assert [turn["turn_id"] for turn in (await desk.session("x"))["turns"]] == ["t4"]
+    monkeypatch.setattr("tokentape.viewer.desk._FINAL_S", 0.0)
+    await desk.session("x")
+    await at.delete("x")
+    with pytest.raises(NotFound):
+        await desk.session("x")
+    await at.aclose()
+
+
 async def test_another_file_is_another_version(
     fake: FakeSGLang, gateway: Gateway, store: Path, tmp_path: Path
 ) -> None:

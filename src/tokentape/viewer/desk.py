@@ -1,12 +1,12 @@
 """Answers the page's questions about sessions; knows no HTTP."""
 
 import asyncio
+import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import TypeVar
+from dataclasses import asdict, dataclass
 
 import msgspec
 
@@ -20,11 +20,26 @@ from tokentape.viewer.scores import Scorer, recomputed
 from tokentape.viewer.source import Source
 from tokentape.viewer.strip import MAX_HITS, find_id, find_text, first_difference, lines, piece
 
-T = TypeVar("T")
 WireOf = Callable[[str], Json | None]
 MAX_PIECE = 8192
 MAX_METADATA = 2000  # bytes of JSON in a row; a page asks for 500 rows again and again
+_FINAL_S = 5.0  # a finished session can only be deleted: what was asked a moment ago is not asked again
 _KEPT = 4  # episodes; a page asks for one at a time
+
+
+@dataclass(slots=True)
+class _Known:
+    """An episode; its session was last seen to have this version at `asked_at`, in seconds."""
+
+    version: str
+    episode: Episode
+    asked_at: float
+
+    @property
+    def still_holds(self) -> bool:
+        """Whether nobody need be asked: to know a version, a whole session may have to be read."""
+        is_final = self.episode.summary["state"] in ("finished", "exported")
+        return is_final and time.monotonic() - self.asked_at < _FINAL_S
 
 
 class Desk:
@@ -46,7 +61,7 @@ class Desk:
         self._tokenizer = tokenizer
         self._scorer = scorer
         self._wire_of = wire_of
-        self._episodes: OrderedDict[tuple[str, str], Episode] = OrderedDict()
+        self._episodes: OrderedDict[str, _Known] = OrderedDict()
         self._lock = asyncio.Lock()
 
     def info(self) -> Json:
@@ -66,8 +81,18 @@ class Desk:
         return {"sessions": rows, "has_more": page.has_more}
 
     async def version(self, session_id: str) -> str:
-        """The session's version, which changes with it."""
-        return await self._source.version(session_id)
+        """The session's version, which changes with it; what is known of another one is forgotten."""
+        try:
+            version = await self._source.version(session_id)
+        except NotFound:
+            self._episodes.pop(session_id, None)
+            raise
+        known = self._episodes.get(session_id)
+        if known is not None and known.version == version:
+            known.asked_at = time.monotonic()
+        else:
+            self._episodes.pop(session_id, None)
+        return version
 
     async def summary(self, session_id: str) -> Json:
         """A row of the table."""
@@ -144,14 +169,19 @@ class Desk:
         return episode, episode.branch(turn_id)
 
     async def _episode(self, session_id: str) -> Episode:
-        key = session_id, await self._source.version(session_id)
-        async with self._lock:
-            if key not in self._episodes:
-                self._episodes[key] = await self._source.episode(session_id)
-                while len(self._episodes) > _KEPT:
-                    self._episodes.popitem(last=False)
-            self._episodes.move_to_end(key)
-            return self._episodes[key]
+        known = self._episodes.get(session_id)
+        if known is None or not known.still_holds:
+            version = await self.version(session_id)
+            async with self._lock:
+                known = self._episodes.get(session_id)
+                if known is None or known.version != version:
+                    episode = await self._source.episode(session_id)
+                    known = self._episodes[session_id] = _Known(version, episode, time.monotonic())
+                    while len(self._episodes) > _KEPT:
+                        self._episodes.popitem(last=False)
+        if session_id in self._episodes:
+            self._episodes.move_to_end(session_id)
+        return known.episode
 
     def _head(self, episode: Episode, branch: Branch) -> Json:
         turns: list[Json] = []
