@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from viewerkit import HOSTILE, Page, World, grow, long_store
 
 from conftest import Beside
-from gatewaykit import gateway_for
+from gatewaykit import Agent, gateway_for
 from tokentape.engines.server import serve
 from tokentape.engines.sglang_score import Scores
 from tokentape.report.links import sample_link
@@ -57,6 +57,22 @@ class Shifted:
         return Scores([-0.5] * (len(ids) - start), temperature, "7")
 
 
+def grown(beside: Beside, shared: World, session_id: str, turns: int) -> Agent:
+    """A running session of one branch with so many turns."""
+    agent = beside.run(grow(shared, beside.run(shared.gateway.create(session_id=session_id))))
+    for _ in range(turns - 1):
+        beside.run(grow(shared, session_id, agent))
+    return agent
+
+
+def tops(page: Page, *selectors: str) -> list[int]:
+    """Scroll each a little, and say where it is then: 0 where it does not scroll itself."""
+    return page.own.evaluate(
+        "all => all.map(one => { const it = document.querySelector(one); it.scrollTop = 90; return it.scrollTop })",
+        selectors,
+    )
+
+
 def samples(beside: Beside, shared: World, session_id: str) -> dict[str, Any]:
     """A session's samples by id."""
     return {row["sample_id"]: row for row in beside.run(shared.gateway.samples(session_id))}
@@ -88,7 +104,7 @@ def test_the_table_shows_filters_and_sorts(page: Page, shared: World, beside: Be
     for text, wanted in (
         ("state:finished reward>0.5", ["greet-0", "repair-0412"]),
         ("label:subagent", ["repair-0412"]),
-        ("turns>5", ["repair-0412"]),
+        ("turns>5 state:finished", ["repair-0412"]),
         ("failures>0", ["fails-1"]),
         ("version:11", ["greet-0", "greet-1"]),
         ("flaky", ["fails-1"]),
@@ -267,6 +283,18 @@ def test_two_branches_side_by_side(page: Page, shared: World, beside: Beside) ->
     page.until("document.querySelector('.compare')?.innerText.includes('subagent')")
 
 
+@pytest.mark.parametrize("width", [1360, 800])
+def test_panes_scroll_and_the_page_does_not(page: Page, shared: World, beside: Beside, width: int) -> None:
+    grown(beside, shared, f"panes-{width}", 30)
+    page.own.set_viewport_size({"width": width, "height": 700})
+    for tab, pane in (("messages", ".messages"), ("tokens", ".grid"), ("wire", ".wire")):
+        page.open(shared.gateway.url, f"#/s/panes-{width}?tab={tab}")
+        page.own.wait_for_selector(pane)
+        page.own.wait_for_selector({"tokens": ".grid .t"}.get(tab, f"{pane} > *"))
+        assert tops(page, ".side", pane) == [90, 90], tab
+        assert page.own.evaluate("document.documentElement.scrollHeight") == 700, tab
+
+
 def test_a_running_session_grows(page: Page, shared: World, beside: Beside) -> None:
     session_id = beside.run(shared.gateway.create(session_id="grows"))
     agent = beside.run(grow(shared, session_id))
@@ -276,8 +304,10 @@ def test_a_running_session_grows(page: Page, shared: World, beside: Beside) -> N
     for number in range(2, 5):
         beside.run(grow(shared, session_id, agent))
         page.until("n => document.querySelectorAll('[role=treeitem]').length === n", number)
-        tokens = beside.run(shared.gateway.show(session_id))["turns"]
-        assert tokens == number
+        shown = beside.run(shared.gateway.show(session_id))
+        assert (shown["turns"], shown["branches"]) == (number, 1)
+        page.until("n => Number(document.querySelector('.facts').innerText.match(/(\\d+) turn/)[1]) === n", number)
+        assert page.own.evaluate("window.same === document.querySelector('.grid')")
     page.press("m")
     page.until("document.querySelector('.messages')?.innerText.includes('Answer number 6')")
     beside.run(shared.gateway.ok("POST", f"/sessions/{session_id}/finish", {"reward": 0.5}))
