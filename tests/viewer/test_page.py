@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from viewerkit import HOSTILE, Page, World, grow, long_store
 
 from conftest import Beside
-from gatewaykit import Agent, gateway_for
+from gatewaykit import gateway_for
 from tokentape.engines.server import serve
 from tokentape.engines.sglang_score import Scores
 from tokentape.report.links import sample_link
@@ -55,22 +55,6 @@ class Shifted:
 
     async def score(self, ids: Any, start: int, temperature: float = 1.0) -> Scores:
         return Scores([-0.5] * (len(ids) - start), temperature, "7")
-
-
-def grown(beside: Beside, shared: World, session_id: str, turns: int) -> Agent:
-    """A running session of one branch with so many turns."""
-    agent = beside.run(grow(shared, beside.run(shared.gateway.create(session_id=session_id))))
-    for _ in range(turns - 1):
-        beside.run(grow(shared, session_id, agent))
-    return agent
-
-
-def tops(page: Page, *selectors: str) -> list[int]:
-    """Scroll each a little, and say where it is then: 0 where it does not scroll itself."""
-    return page.own.evaluate(
-        "all => all.map(one => { const it = document.querySelector(one); it.scrollTop = 90; return it.scrollTop })",
-        selectors,
-    )
 
 
 def samples(beside: Beside, shared: World, session_id: str) -> dict[str, Any]:
@@ -281,37 +265,6 @@ def test_two_branches_side_by_side(page: Page, shared: World, beside: Beside) ->
     page.find("#with").select_option(index=1)
     page.until("location.hash.includes('with=')")
     page.until("document.querySelector('.compare')?.innerText.includes('subagent')")
-
-
-@pytest.mark.parametrize("width", [1360, 800])
-def test_panes_scroll_and_the_page_does_not(page: Page, shared: World, beside: Beside, width: int) -> None:
-    grown(beside, shared, f"panes-{width}", 30)
-    page.own.set_viewport_size({"width": width, "height": 700})
-    for tab, pane in (("messages", ".messages"), ("tokens", ".grid"), ("wire", ".wire")):
-        page.open(shared.gateway.url, f"#/s/panes-{width}?tab={tab}")
-        page.own.wait_for_selector(pane)
-        page.own.wait_for_selector({"tokens": ".grid .t"}.get(tab, f"{pane} > *"))
-        assert tops(page, ".side", pane) == [90, 90], tab
-        assert page.own.evaluate("document.documentElement.scrollHeight") == 700, tab
-
-
-def test_a_running_session_grows(page: Page, shared: World, beside: Beside) -> None:
-    session_id = beside.run(shared.gateway.create(session_id="grows"))
-    agent = beside.run(grow(shared, session_id))
-    page.open(shared.gateway.url, "#/s/grows?tab=tokens")
-    page.until("document.querySelectorAll('[role=treeitem]').length === 1")
-    page.own.evaluate("window.same = document.querySelector('.grid')")
-    for number in range(2, 5):
-        beside.run(grow(shared, session_id, agent))
-        page.until("n => document.querySelectorAll('[role=treeitem]').length === n", number)
-        shown = beside.run(shared.gateway.show(session_id))
-        assert (shown["turns"], shown["branches"]) == (number, 1)
-        page.until("n => Number(document.querySelector('.facts').innerText.match(/(\\d+) turn/)[1]) === n", number)
-        assert page.own.evaluate("window.same === document.querySelector('.grid')")
-    page.press("m")
-    page.until("document.querySelector('.messages')?.innerText.includes('Answer number 6')")
-    beside.run(shared.gateway.ok("POST", f"/sessions/{session_id}/finish", {"reward": 0.5}))
-    page.until("document.querySelector('.facts').innerText.includes('finished')")
 
 
 def test_keys(page: Page, shared: World) -> None:

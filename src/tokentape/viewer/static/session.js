@@ -254,6 +254,7 @@ export class Session {
     const branch = grid.head.branch_id;
     const say = (...nodes) => this.inspector?.say(...nodes);
     const missing = { drift: !this.info.has_texts && "No tokenizer here: give --model.", difference: !this.info.has_engine && "No engine here: `tokentape view … --engine URL` recomputes log-probabilities." }[mode];
+    this.said.replaceChildren();
     if (missing) return this.trouble(missing);
     const isOver = this.watch();
     const isOld = () => isOver() || grid.mode !== mode;
@@ -282,8 +283,8 @@ export class Session {
 
   /** Goes to the first hit from the cursor on; `grows`: the hits of a longer branch, nothing moves. */
   async search(grows = false) {
-    const { box, grid } = this;
-    const q = box.value;
+    const { grid } = this;
+    const q = (grows ? this.searched : null) ?? this.box.value;
     const was = grows ? this.found?.hits[this.found.at] : null;
     this.searched = q;
     if (!grows) this.found = null;
@@ -295,12 +296,12 @@ export class Session {
     const isOver = this.watch();
     try {
       const { hits, num_hits } = await get(of(this.id, this.head.branch_id, "search"), { q });
-      if (isOver() || box.value !== q) return;
+      if (isOver() || this.searched !== q) return;
       const from = was?.[0] ?? Number(this.query.at ?? 0);
       this.found = { hits, num_hits, at: Math.max(0, hits.findIndex(([start]) => start >= from)) };
-      this.show(!was);
+      this.show(!grows);
     } catch (error) {
-      if (isOver() || box.value !== q) return;
+      if (isOver() || this.searched !== q) return;
       this.searched = null; // Enter asks again
       this.hitCount.textContent = error.message;
     }

@@ -228,7 +228,7 @@ export class Sessions {
     }
   }
 
-  redraw = soon(() => this.draw(), 150);
+  redraw = soon(() => this.draw(), 250);
 
   retry = soon(() => {
     for (const id of this.failed) this.tags.delete(id);

@@ -58,7 +58,7 @@ export class Tokens {
   async show(head) {
     const grows = this.head && head.turns[0].turn_id === this.head.turns[0].turn_id && head.num_tokens >= this.head.num_tokens
       && this.head.turns.every((turn, index) => head.turns[index]?.turn_id === turn.turn_id);
-    if (grows) this.chunks.delete(Math.floor(this.head.num_tokens / CHUNK));
+    if (!grows) this.chunks.clear();
     const kept = grows && this.starts ? this.starts.length - 1 : 0; // lines that stay as they are
     const atEnd = this.head && this.element.scrollHeight - this.element.scrollTop - this.element.clientHeight < 2 * ROW && this.element.scrollTop > 0;
     this.head = head;
@@ -170,8 +170,14 @@ export class Tokens {
     };
   }
 
+  /** Whether all of a chunk is here: the last one of a branch that has grown is not. */
+  has(number) {
+    const chunk = this.chunks.get(number);
+    return chunk !== undefined && chunk.start + chunk.ids.length >= Math.min((number + 1) * CHUNK, this.num_tokens);
+  }
+
   fetch(number) {
-    if (this.pause || this.chunks.has(number) || this.asking.has(number) || this.asking.size >= AT_ONCE) return;
+    if (this.pause || this.has(number) || this.asking.has(number) || this.asking.size >= AT_ONCE) return;
     const head = this.head;
     this.asking.add(number);
     get(of(this.session, head.branch_id, "tokens"), { start: number * CHUNK, end: Math.min((number + 1) * CHUNK, this.num_tokens) })
