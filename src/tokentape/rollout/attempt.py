@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, SupportsFloat, TypeVar
 
 from tokentape.errors import (
@@ -113,10 +114,7 @@ async def _played(control: Control, settings: Settings, attempt: Attempt) -> Res
 
 async def _within(settings: Settings, episode: Episode) -> object:
     """What the agent returns, before its deadline."""
-    work = settings.work
-    running: asyncio.Future[Any] = asyncio.ensure_future(
-        work(episode.task, episode) if callable(work) else run_command(work, episode)
-    )
+    running = asyncio.ensure_future(_work(settings, episode))
     try:
         return await _before(running, settings.deadline_s)
     except EpisodeFailed:
@@ -129,6 +127,11 @@ async def _within(settings: Settings, episode: Episode) -> object:
         raise EpisodeFailed(f"{type(error).__name__}: {error}") from error
     finally:
         await _stop(running, episode)
+
+
+async def _work(settings: Settings, episode: Episode) -> object:
+    work = settings.work
+    return await (work(episode.task, episode) if callable(work) else run_command(work, episode))
 
 
 async def _before(running: "asyncio.Future[Any]", deadline_s: float) -> object:
@@ -149,29 +152,49 @@ async def _stop(running: "asyncio.Future[Any]", episode: Episode) -> None:
 
 
 def _checked(returned: object) -> Result:
-    """A result that the gateway can take.
+    """A result that the gateway can take, its rewards as floats.
 
     Raises:
         EpisodeResultWrong: it is none.
     """
-    result = returned if isinstance(returned, Result) else None
-    if result is None:
-        if not isinstance(returned, SupportsFloat):
-            shown = repr(returned)[:100]
-            raise EpisodeResultWrong(f"an episode returns its reward, or a Result; this one returned {shown}")
-        result = Result(float(returned))
-    rewards = [result.reward, *result.turn_rewards.values(), *result.branch_rewards.values()]
-    if any(reward is not None and not math.isfinite(reward) for reward in rewards):
-        raise EpisodeResultWrong("a reward is not a finite number")
+    try:
+        return _read(returned)
+    except EpisodeResultWrong:
+        raise
+    except Exception as error:  # it may be anything, with code of its own: a tensor's `__float__`
+        raise EpisodeResultWrong(f"the result cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read(returned: object) -> Result:
+    if not isinstance(returned, Result | SupportsFloat):
+        shown = repr(returned)[:100]
+        raise EpisodeResultWrong(f"an episode returns its reward, or a Result; this one returned {shown}")
+    result = returned if isinstance(returned, Result) else Result(float(returned))
     if "rollout" in result.metadata:
         raise EpisodeResultWrong("the metadata key `rollout` says which episode it is: it is not the agent's")
-    return result
+    return replace(
+        result,
+        reward=_number(result.reward),
+        turn_rewards={turn_id: _number(reward) for turn_id, reward in result.turn_rewards.items()},
+        branch_rewards={turn_id: _number(reward) for turn_id, reward in result.branch_rewards.items()},
+    )
+
+
+def _number(reward: Any) -> Any:
+    """A reward as JSON has it: NumPy's and a tensor's are none of its numbers. None stays None."""
+    if reward is None:
+        return None
+    if not isinstance(reward, SupportsFloat):
+        raise EpisodeResultWrong(f"a reward is a number, not {reward!r:.100}")
+    if not math.isfinite(number := float(reward)):
+        raise EpisodeResultWrong("a reward is not a finite number")
+    return number
 
 
 async def _finish(control: Control, attempt: Attempt, result: Result) -> None:
     try:
         await control.finish(attempt.session_id, result)
-    except TypeError as error:  # metadata that no JSON can hold
+    except (TypeError, ValueError, RecursionError) as error:  # metadata that no JSON can hold
         raise EpisodeResultWrong(f"the result cannot be sent: {error}") from error
     except GatewayRefused as error:
         if error.code in (400, 409):  # rewards of turns that are not there; finished by the agent itself
