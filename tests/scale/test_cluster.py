@@ -127,8 +127,24 @@ def test_wrong_clusters(ray_here: None, model_dir: Path, database: str, tmp_path
     )
     with pytest.raises(ConfigError, match="nowhere"), Cluster(service, ScaleConfig(num_cpus=0.1)):
         pass
-    with pytest.raises(ConfigError, match="2 replicas are not from 3 to 3"):
-        Cluster(service, ScaleConfig(replicas=2, min_replicas=3)).__enter__()
+    assert "raise --max-replicas (max_replicas) from 2" in refused(
+        "--store", database, "--replicas", "4", "--max-replicas", "2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        ({"replicas": 4, "max_replicas": 2}, r"4 replicas .* raise --max-replicas \(max_replicas\) from 2"),
+        ({"max_replicas": 1}, "2 replicas to begin with"),
+        ({"replicas": 2, "min_replicas": 3}, "lower min_replicas, 3"),
+        ({"replicas": 0}, "at least one"),
+        ({"min_replicas": 0}, "at least one"),
+    ],
+)
+def test_numbers_of_replicas_that_do_not_fit(scale: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ScaleConfig(**scale)
 
 
 def test_a_ray_that_does_not_fit(model_dir: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
