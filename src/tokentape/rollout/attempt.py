@@ -41,10 +41,10 @@ async def perform(control: Control, settings: Settings, attempt: Attempt) -> Fin
     started = time.monotonic()
     try:
         result = await _played(control, settings, attempt)
-        await unbroken(_finish(control, attempt, result))
+        await unbroken(_finish(control, attempt, result), give_up_s=_GIVE_UP_S)
         return await collect(control, attempt.session_id, result.reward)
     except EpisodeFailed as error:
-        await unbroken(control.delete(attempt.session_id))
+        await unbroken(control.delete(attempt.session_id), give_up_s=_GIVE_UP_S)
         log.info("episode %s failed: %s", attempt.session_id, error, exc_info=error.__cause__)
         elapsed_s = time.monotonic() - started
         await control.ready()  # an attempt that an outage has spoiled is not held against the episode
@@ -202,16 +202,25 @@ async def _finish(control: Control, attempt: Attempt, result: Result) -> None:
         raise
 
 
-async def unbroken(work: Coroutine[Any, Any, T]) -> T:
-    """Await work that must not stop half-way: a caller cancelled meanwhile is so only after its end."""
+async def unbroken(work: Coroutine[Any, Any, T], *, give_up_s: float | None = None) -> T:
+    """Await work that must not stop half-way: a caller cancelled meanwhile is so only after its end.
+
+    With `give_up_s`, it is so after that many seconds at the latest, and what has become of the work is not
+    known: a gateway that is away must not hold up who leaves.
+    """
     task = asyncio.ensure_future(work)
     cancelled = False
     while not task.done():
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
+            if not cancelled and give_up_s is not None:
+                asyncio.get_running_loop().call_later(give_up_s, task.cancel)
             cancelled = True
-    if cancelled:
+    if not cancelled:
+        return task.result()
+    if task.cancelled():
+        log.warning("stopped while the gateway is away: a session may stay open")
+    else:
         task.exception()  # somebody has looked at it
-        raise asyncio.CancelledError
-    return task.result()
+    raise asyncio.CancelledError
