@@ -184,6 +184,26 @@ async def test_the_front_asks_the_next_one(fake: FakeSGLang, model_dir: Path, da
         assert (too_large.status, too_large.error["code"]) == (413, "too_large")
 
 
+async def test_metrics_behind_a_key(fake: FakeSGLang, model_dir: Path, database: str) -> None:
+    """The front knows no key: whoever has a wrong one is told what the replicas say."""
+    from gatewaykit import gateway_for
+
+    urls = ["http://127.0.0.1:9"]
+    async with (
+        gateway_for(fake.url, model_dir, database, http={"api_key": "right"}) as gateway,
+        front(lambda: urls, "127.0.0.1", 0, max_body_bytes=1 << 20, drain_s=1.0) as url,
+        aiohttp.ClientSession() as client,
+    ):
+        urls.append(gateway.url)
+        behind = Gateway(url, client)
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            answer = await behind.request("GET", "/metrics", headers=headers)
+            assert (answer.status, answer.error["code"]) == (401, "unauthorized")
+        answer = await behind.request("GET", "/metrics", headers={"Authorization": "Bearer right"})
+        assert answer.status == 200
+        assert "tokentape_turns_total" in answer.body.decode()
+
+
 async def test_rollouts_over_replicas(
     ray_here: None, fake: FakeSGLang, model_dir: Path, database: str
 ) -> None:
