@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import DictRow
 from psycopg_pool import PoolTimeout
 
 from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError
 from tokentape.postgres_connections import Connections, one_line
+from tokentape.postgres_dsn import without_password
 from tokentape.postgres_sql import (
     ARE_THERE,
     CREATE,
@@ -432,13 +432,3 @@ async def _row(connection: Connection, statement: str, given: Mapping[str, Any])
 async def _are_there(connection: Connection, given: Mapping[str, Any]) -> bool:
     [found] = await _rows(connection, ARE_THERE, given)
     return found["there"] == len(given["turn_ids"])
-
-
-def without_password(dsn: str) -> str:
-    """A DSN that may be shown."""
-    try:
-        given = conninfo_to_dict(dsn)
-    except psycopg.Error:
-        return "postgresql://…"
-    port = f":{given['port']}" if "port" in given else ""
-    return f"postgresql://{given.get('host', '')}{port}/{given.get('dbname', '')}"

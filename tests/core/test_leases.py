@@ -7,6 +7,7 @@ import psycopg
 import pytest
 from recorded import record, turn
 
+from tokentape.doctor.postgres import check_postgres
 from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError
 from tokentape.export import stored_samples
 from tokentape.postgres import PostgresStore
@@ -270,3 +271,45 @@ async def test_a_lost_database_is_a_store_error(database: str, monkeypatch: pyte
     with pytest.raises(StoreError, match="the connection is closed"):
         await store.advertise(None)
     await store.aclose()
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://tape:se/cret@127.0.0.1:1/x",
+        "postgresql://tape:12/cret@127.0.0.1:1/x",
+        "postgresql://tape:se@cret@127.0.0.1:1/x",
+        "postgresql://tape:se@c/ret@127.0.0.1:1/x",
+        "postgresql://tape:s?e@cret@127.0.0.1:1/x",
+        "postgresql://tape:s?e@c/ret@127.0.0.1:1/x",
+        "postgresql://tape:se%cret@127.0.0.1:1/x",
+        "postgresql://tape:secret/x",
+        "postgresql://tape:secret@[127.0.0.1:1/x",
+        "postgresql://tape:secret@127.0.0.1:1/x?passwd=cret",
+        "host=127.0.0.1 port=1 password=se cret",
+    ],
+)
+def test_a_password_that_is_written_wrong_is_not_shown(dsn: str) -> None:
+    """libpq takes a piece of it for the host, the port, the database or an option, and says so."""
+    with pytest.raises(ConfigError, match="cannot be told apart") as caught:
+        PostgresStore(dsn)
+    checks = check_postgres(dsn, None)
+    for said in (str(caught.value), checks[0].found):
+        assert not any(piece in said for piece in ("tape:", "se/", "se@", "cret", "12"))
+
+
+@pytest.mark.parametrize(
+    ("dsn", "shown"),
+    [
+        ("postgresql://tape:s?user=ecret@127.0.0.1:1/x", "postgresql://127.0.0.1:1/x: "),
+        ("postgresql://tape:s%2Fe%40c@127.0.0.1:1/x?connect_timeout=2", "postgresql://127.0.0.1:1/x: "),
+        ("postgres://me%40corp:secret@127.0.0.1:1,[::1]:2/a%40b", "postgresql://127.0.0.1,::1:1,2/a@b: "),
+        ("host=127.0.0.1 port=1 dbname=x password=s/e@c", "postgresql://127.0.0.1:1/x: "),
+        ("postgresql:///x?host=/nowhere&user=me@corp&password=secret", "postgresql:///nowhere/x: "),
+    ],
+)
+def test_a_dsn_is_shown_without_its_password(dsn: str, shown: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PostgresStore(dsn)
+    assert str(caught.value).startswith(f"--store {shown}")
+    assert not any(piece in str(caught.value) for piece in ("secret", "s/e", "ecret"))

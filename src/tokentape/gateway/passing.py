@@ -132,10 +132,14 @@ async def done_by_all(
 
 
 async def metrics_of_all(request: web.Request, own: Sequence[str], peers: Sequence[Peer]) -> web.Response:
-    """All metrics added up; a process that does not answer is left out."""
+    """All metrics added up; a process that does not answer is left out. Where all refuse, what one says."""
     asked = await asyncio.gather(*(_ask(request, peer, {}) for peer in peers), return_exceptions=True)
-    texts = [one[1].decode() for one in asked if not isinstance(one, BaseException) and one[0] == 200]
-    return web.Response(body=summed([*own, *texts]), content_type="text/plain", charset="utf-8")
+    there = [one for one in asked if not isinstance(one, BaseException)]
+    texts = [*own, *(body.decode() for status, body in there if status == 200)]
+    if there and not texts:  # a key that is missing or wrong
+        status, body = there[0]
+        return web.Response(status=status, body=body, content_type="application/json")
+    return web.Response(body=summed(texts), content_type="text/plain", charset="utf-8")
 
 
 def summed(texts: Sequence[str]) -> bytes:
