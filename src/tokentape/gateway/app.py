@@ -309,7 +309,8 @@ class _Routes:
         """The handler of a route inside a session."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
-            session, body = await self._session(request), await request.read()
+            body = await request.read()  # first: a session that nobody uses yet may move meanwhile
+            session = await self._session(request)
             if not isinstance(route.answer, Wire):
                 query = {name: ",".join(request.query.getall(name)) for name in request.query}
                 asked = Asked(self._gateway, session, body, request.headers, request.match_info, query)
