@@ -219,7 +219,7 @@ class _Routes:
 
     async def show(self, request: web.Request) -> web.Response:
         session = await self._sessions.get(request.match_info["session_id"])
-        return _json(self._gateway.summary(session))
+        return _json(await self._gateway.summary(session))
 
     async def samples(self, request: web.Request) -> web.Response:
         session = await self._sessions.get(request.match_info["session_id"])
@@ -235,13 +235,13 @@ class _Routes:
         credit = control.read_body(await request.read(), Credit)
         session = await self._sessions.get(request.match_info["session_id"])
         await self._sessions.finish(session, credit)
-        return _json(self._gateway.summary(session))
+        return _json(await self._gateway.summary(session))
 
     async def reward(self, request: web.Request) -> web.Response:
         credit = control.read_body(await request.read(), Credit)
         session = await self._sessions.get(request.match_info["session_id"])
         await self._sessions.credit(session, credit)
-        return _json(self._gateway.summary(session))
+        return _json(await self._gateway.summary(session))
 
     async def delete(self, request: web.Request) -> web.Response:
         session_id = request.match_info["session_id"]
