@@ -250,8 +250,9 @@ class _Routes:
 
     async def healthz(self, request: web.Request) -> web.Response:
         del request
-        paused = self._gateway.engine.paused
-        return _json({"status": "ok", "version": __version__, "paused": paused})
+        engine = self._gateway.engine
+        body = {"status": "ok", "version": __version__, "paused": engine.paused}
+        return _json({**body, "current": engine.is_current()})
 
     async def readyz(self, request: web.Request) -> web.Response:
         del request
