@@ -23,7 +23,7 @@ from tokentape.errors import ConfigError, NotFound, RequestError, TokentapeError
 from tokentape.gateway import agents
 from tokentape.gateway.api import Answering
 from tokentape.gateway.parts import Gateway
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.gateway.wire import Wire
 from tokentape.types import Json
 

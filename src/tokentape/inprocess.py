@@ -28,7 +28,8 @@ from tokentape.gateway import chat, control
 from tokentape.gateway.credit import Credit
 from tokentape.gateway.fields import session_sampling
 from tokentape.gateway.parts import Gateway, GatewayConfig, PartsConfig, parts
-from tokentape.gateway.sessions import Session, new_session_id
+from tokentape.gateway.session import Session
+from tokentape.gateway.sessions import new_session_id
 from tokentape.gateway.turn import Capture
 from tokentape.render import History
 from tokentape.store import SessionRecord

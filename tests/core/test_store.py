@@ -18,7 +18,8 @@ import pytest
 from recorded import Recorder, call, record, result, said, turn, user
 
 from tokentape.errors import ConfigError, EngineFailed, SessionExists, StoreError, StoreFull
-from tokentape.gateway.sessions import Sessions, restore
+from tokentape.gateway.session import restore
+from tokentape.gateway.sessions import Sessions
 from tokentape.invariants import check_samples
 from tokentape.metrics import Metrics
 from tokentape.postgres import PostgresStore

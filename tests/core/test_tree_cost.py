@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import TOOLS, Recorder, call, record, result, said, turn, user
 
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.labels import Summaries
 from tokentape.tape import Origin
 from tokentape.types import Json, Message

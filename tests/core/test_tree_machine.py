@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from recorded import Recorder, new_messages, record, turn
 
 from tokentape.export.samples import samples, to_json_rows
-from tokentape.gateway.sessions import restore
+from tokentape.gateway.session import restore
 from tokentape.invariants import check_samples
 from tokentape.store import SQLiteStore
 from tokentape.tape import Origin, Turn

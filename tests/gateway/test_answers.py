@@ -17,7 +17,7 @@ from tokentape.gateway.credit import Credit
 from tokentape.gateway.memory import Memo
 from tokentape.gateway.parts import Gateway as Parts
 from tokentape.gateway.parts import PartsConfig, parts
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.testing import FakeEngine, FakeSGLang, Reply
 
 FIRST = {"x-stainless-retry-count": "0"}

@@ -22,7 +22,7 @@ from tokentape.gateway import chat
 from tokentape.gateway.credit import Credit
 from tokentape.gateway.memory import Memory, MemoryLimits
 from tokentape.gateway.parts import Gateway, PartsConfig, parts
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.store import StoredSession
 from tokentape.testing import FakeEngine, Reply
 

@@ -29,7 +29,7 @@ from gatewaykit import (
 )
 from serving import serving
 from tokentape.gateway.chat.reply import ChatWriter
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.testing import FakeSGLang, Fault, Reply
 
 both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -15,7 +15,7 @@ from gatewaykit import TOKENIZER
 from tokentape.engines.base import GenerateRequest
 from tokentape.errors import RequestError
 from tokentape.gateway.parts import Gateway, PartsConfig, parts
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.testing import FakeEngine, Reply, write_model_dir
 from tokentape.tokenizer import Tokenizer
 from wirekit import WIRES, Json, Talk, WireUnderTest

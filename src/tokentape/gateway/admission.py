@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
 
 from tokentape.errors import LimitReached, Overloaded, TokentapeError, TurnTimeout
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.metrics import Metrics
 
 _MAX_RETRY_AFTER_S = 60  # the SDKs wait no longer than that, whatever they are told

@@ -19,7 +19,7 @@ from tokentape.errors import (
 from tokentape.gateway import chat, messages, responses
 from tokentape.gateway.parts import Gateway
 from tokentape.gateway.passing import ELSEWHERE
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.gateway.wire import Wire
 from tokentape.metrics import Metrics
 from tokentape.types import Json

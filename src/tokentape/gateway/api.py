@@ -9,7 +9,7 @@ from tokentape.errors import Overloaded, TokentapeError
 from tokentape.gateway.admission import Admission, Deadline
 from tokentape.gateway.answers import Answer, stop_all
 from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, TurnRequest
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.gateway.turn import Turns, new_turn_id
 from tokentape.gateway.wire import AgentRequest, Decoded, Wire, WireConfig, Writer
 from tokentape.parse import CallDelta, ReasoningDelta, SaidEvent, TextDelta

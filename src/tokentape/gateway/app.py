@@ -31,7 +31,7 @@ from tokentape.gateway.agents import (
 )
 from tokentape.gateway.credit import Credit
 from tokentape.gateway.parts import Gateway, info_json
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.gateway.viewing import desk_of
 from tokentape.gateway.wire import Decoded, Wire
 from tokentape.gateway.wirelog import Exchanged

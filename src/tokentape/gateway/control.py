@@ -7,7 +7,8 @@ from msgspec import Meta, Raw
 
 from tokentape.errors import RequestError
 from tokentape.gateway.fields import session_sampling
-from tokentape.gateway.sessions import Session, Sessions
+from tokentape.gateway.session import Session
+from tokentape.gateway.sessions import Sessions
 from tokentape.types import Json
 
 _T = TypeVar("_T")

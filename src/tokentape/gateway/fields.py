@@ -17,7 +17,7 @@ from msgspec import Meta, Raw
 from tokentape.conversation import Conversation, Known
 from tokentape.errors import RequestError
 from tokentape.gateway.replays import Read
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.render import Frame
 from tokentape.template import RESERVED
 from tokentape.types import CallOutput, Demand, Json, JsonOutput, Message, Sampling

@@ -19,7 +19,8 @@ from tokentape.gateway.admission import Admission, AdmissionLimits
 from tokentape.gateway.api import AgentApi
 from tokentape.gateway.memory import MemoryLimits
 from tokentape.gateway.plan import Planner
-from tokentape.gateway.sessions import Session, Sessions
+from tokentape.gateway.session import Session
+from tokentape.gateway.sessions import Sessions
 from tokentape.gateway.turn import Capture, Turns
 from tokentape.gateway.weights import Weights
 from tokentape.gateway.wire import WireConfig

@@ -14,7 +14,7 @@ from tokentape.engines.base import EngineInfo
 from tokentape.errors import ContextOverflow, LimitReached, RequestError
 from tokentape.formats import Format
 from tokentape.gateway.exchange import TurnRequest
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.parse import ThinkTags
 from tokentape.render import Ended, NotExtendable, Rendered, Renderer
 from tokentape.tape import Turn

@@ -29,7 +29,8 @@ from tokentape.gateway.admission import Deadline
 from tokentape.gateway.clock import Clock, note_failure
 from tokentape.gateway.exchange import Done, Emit, Event, Progress, Started, TurnRequest
 from tokentape.gateway.plan import Plan, Planner
-from tokentape.gateway.sessions import Session, Sessions, to_the_end
+from tokentape.gateway.session import Session
+from tokentape.gateway.sessions import Sessions, to_the_end
 from tokentape.gateway.weights import Weights
 from tokentape.metrics import Metrics
 from tokentape.parse import ArgumentsDelta, CallDelta, ParseEvent, Parser, ParseResult, SaidEvent

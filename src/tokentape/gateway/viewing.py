@@ -2,7 +2,8 @@
 
 from tokentape.errors import NotFound
 from tokentape.gateway.parts import Gateway
-from tokentape.gateway.sessions import SESSION_ID, Session
+from tokentape.gateway.session import Session
+from tokentape.gateway.sessions import SESSION_ID
 from tokentape.types import Json
 from tokentape.viewer.desk import Desk
 from tokentape.viewer.episode import Episode, of_tree, summary_of

@@ -11,7 +11,7 @@ from msgspec import Raw
 
 from tokentape.errors import ContextOverflow, Overloaded, RequestError, TokentapeError
 from tokentape.gateway.exchange import Done, Progress, Started, TurnRequest
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.tape import Origin
 from tokentape.tokenizer import Tokenizer
 from tokentape.types import Json

@@ -14,7 +14,7 @@ from tokentape.conversation import Known
 from tokentape.errors import RequestError
 from tokentape.gateway.fields import Keys, Unheard, misread, read_field, read_messages
 from tokentape.gateway.replays import Read
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.types import Json, Message, Role, ToolCall
 
 ERROR_PREFIX = "Error: "

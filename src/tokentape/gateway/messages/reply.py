@@ -9,7 +9,7 @@ from msgspec import Raw
 
 from tokentape.errors import ContextOverflow, RequestError, TokentapeError
 from tokentape.gateway.exchange import Done, Progress, Started
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.gateway.wire import event, extension
 from tokentape.parse import CallDelta, ReasoningDelta, SaidEvent, TextDelta
 from tokentape.tape import Turn

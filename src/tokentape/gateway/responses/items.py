@@ -18,7 +18,7 @@ from tokentape.conversation import Known
 from tokentape.errors import NotFound, RequestError
 from tokentape.gateway.fields import Keys, Unheard, check_arguments, misread
 from tokentape.gateway.responses.tools import joined_name, offered
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.tape import Turn
 from tokentape.types import Json, Message, Role, ToolCall
 

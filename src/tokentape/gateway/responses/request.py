@@ -29,7 +29,7 @@ from tokentape.gateway.responses.items import find_response, read_input
 from tokentape.gateway.responses.output import ResponseFields
 from tokentape.gateway.responses.reply import ResponsesWriter
 from tokentape.gateway.responses.tools import Choice, Tools, read_choice, read_tools
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.gateway.wire import AgentRequest, Decoded, read_origin
 from tokentape.tape import Turn
 from tokentape.types import Json, Message

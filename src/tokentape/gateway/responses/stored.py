@@ -13,7 +13,7 @@ from tokentape.gateway.responses.output import (
     output_items,
     piece_item,
 )
-from tokentape.gateway.sessions import Session
+from tokentape.gateway.session import Session
 from tokentape.gateway.turn import Turns
 from tokentape.gateway.wire import WireConfig
 from tokentape.tape import Turn
