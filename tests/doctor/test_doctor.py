@@ -18,13 +18,14 @@ from tokentape.doctor.checks import Checks, is_well
 from tokentape.doctor.engine import check_engine
 from tokentape.doctor.machine import Requirement, check_machine, check_packages, parse, satisfies
 from tokentape.doctor.model import Model, check_model
+from tokentape.doctor.same import other_directory
 from tokentape.doctor.show import table
 from tokentape.doctor.sqlite import check_sqlite
 from tokentape.errors import ConfigError
 from tokentape.model import TINY_MODEL
 from tokentape.store import SessionRecord, SQLiteStore
 from tokentape.stores import open_store
-from tokentape.testing import FakeSGLang, Fault, Reply, byte_level_tokenizer, write_model_dir
+from tokentape.testing import FakeSGLang, Fault, byte_level_tokenizer, write_model_dir
 
 OK, WARNING, WRONG = Status.OK, Status.WARNING, Status.WRONG
 
@@ -221,8 +222,32 @@ async def test_another_tokenizer(model: Model) -> None:
     other = byte_level_tokenizer(special=("<a>", "<b>", "<c>"), added=())
     other.add_tokens(["Hello, world!"])  # pyright: ignore[reportUnknownMemberType]
     async with FakeSGLang(other, vocab_size=1000) as fake:
-        fake.script(Reply(ids=[40, 41]))
-        assert not_ok(await check_engine(fake.url, model)) == {"tokenizer": WRONG}
+        found = not_ok(await check_engine(fake.url, model))
+        assert found == {"tokenizer": WRONG, "log-probabilities": WARNING}
+        assert fake.requests == []  # it may not know the ids
+
+
+async def test_a_model_with_more_tokens(model: Model) -> None:
+    """All texts make the same ids, until somebody writes the last token."""
+    older = byte_level_tokenizer(added=())
+    assert older.get_vocab_size() < model.vocab_size
+    async with FakeSGLang(older) as fake:
+        assert statuses(await check_engine(fake.url, model))["tokenizer"] is WRONG
+        assert fake.requests == []
+        assert fake.alive
+
+
+def test_a_directory_saved_again_is_the_same_model(directory: Path) -> None:
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
+    assert path.read_bytes() != (TINY_MODEL / "tokenizer.json").read_bytes()
+    assert other_directory(directory, TINY_MODEL) is None
+    spec = json.loads(path.read_text())
+    last = max(spec["model"]["vocab"], key=spec["model"]["vocab"].__getitem__)
+    spec["model"]["merges"] = [m for m in spec["model"]["merges"] if "".join(m).replace(" ", "") != last]
+    del spec["model"]["vocab"][last]
+    path.write_text(json.dumps(spec))
+    assert other_directory(directory, TINY_MODEL) == f"{directory} has another tokenizer.json"
 
 
 async def test_a_bos_is_no_other_tokenizer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
