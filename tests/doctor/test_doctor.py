@@ -90,7 +90,8 @@ def test_a_port_that_is_taken() -> None:
         assert statuses(check_machine("127.0.0.1", port))["port"] is WARNING
     assert statuses(check_machine("127.0.0.1", port))["port"] is OK
     assert statuses(check_machine("192.0.2.1", 0))["port"] is WRONG
-    assert statuses(check_machine("no.such.host.invalid", 0))["port"] is WRONG
+    for host in ("no.such.host.invalid", "a..b"):
+        assert statuses(check_machine(host, 0))["port"] is WRONG
 
 
 def test_little_memory(tmp_path: Path) -> None:
@@ -198,7 +199,8 @@ async def test_engines_that_are_not(model: Model) -> None:
     async with FakeSGLang(byte_level_tokenizer()) as fake:
         url = fake.url
     assert statuses(await check_engine(url, model)) == {"reachable": WRONG}
-    assert statuses(await check_engine("localhost:30000", model)) == {"reachable": WRONG}
+    for bad in ("localhost:30000", "http://[::1", "http://h:99999"):
+        assert statuses(await check_engine(bad, model)) == {"reachable": WRONG}
     async with FakeSGLang(byte_level_tokenizer()) as fake:
         assert statuses(await check_engine(f"{fake.url}/v1", model)) == {"reachable": WRONG}
 

@@ -363,7 +363,15 @@ def test_bins_hold_every_value() -> None:
 
 def test_links() -> None:
     assert sample_link("https://h/ui/", "a b/#", "é") == "https://h/ui/#/s/a%20b%2F%23?b=%C3%A9&tab=tokens"
-    for url in ("javascript:alert(1)", "file:///etc/passwd", "h/ui", "http://h/#x", ""):
+    for url in (
+        "javascript:alert(1)",
+        "file:///etc/passwd",
+        "h/ui",
+        "http://h/#x",
+        "",
+        "http://[::1",
+        "http://h:99999/",
+    ):
         with pytest.raises(ConfigError, match="links only to http"):
             checked_viewer(url)
 
