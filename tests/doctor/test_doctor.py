@@ -154,6 +154,33 @@ def test_models_that_are_not(directory: Path, tmp_path: Path) -> None:
     assert not_ok(check_model(str(directory))[1]) == {"tokenizer": WRONG}
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "wrong"),
+    [
+        ("config.json", "[]", "configuration"),
+        ("config.json", '{"text_config": [1]}', "configuration"),
+        ("config.json", '{"vocab_size": "300"}', "configuration"),
+        ("config.json", '{"vocab_size": 1024, "max_position_embeddings": [1]}', "configuration"),
+        ("generation_config.json", "null", "configuration"),
+        ("generation_config.json", '{"eos_token_id": 99999}', "end of turn"),
+        ("generation_config.json", '{"eos_token_id": [-1]}', "end of turn"),
+        ("tokenizer_config.json", "[]", "template"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "tokenizer"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", "prompt"),
+        ("chat_template.jinja", "{{ messages.x.y }}", "prompt"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be(directory: Path, name: str, text: str, wrong: str) -> None:
+    (directory / name).write_text(text)
+    args = ["doctor", "--model", str(directory), "--port", "0"]
+    done = CliRunner().invoke(main, [*args, "--json"])
+    assert done.exit_code == 1, done.output
+    statuses = {check["name"]: check["status"] for check in json.loads(done.output)["checks"]}
+    assert [name for name, status in statuses.items() if status == "wrong"] == [wrong]
+    done = CliRunner().invoke(main, args)
+    assert (done.exit_code, "1 wrong" in done.output) == (1, True)
+
+
 def test_no_end_of_turn(directory: Path) -> None:
     changed(directory / "config.json", eos_token_id=None)
     changed(directory / "tokenizer_config.json", eos_token=None)
@@ -459,6 +486,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "nothing is wrong" in done.output
     assert CliRunner().invoke(main, ["doctor", "--port", "x"]).exit_code == 2
+    (tmp_path / "f.toml").write_text("garbage")
+    done = CliRunner().invoke(main, ["doctor", "--port", "0", "--formats", str(tmp_path / "f.toml")])
+    assert (done.exit_code, "f.toml" in done.output) == (2, True)  # also without a model
 
 
 def test_what_a_stranger_says_is_text() -> None:

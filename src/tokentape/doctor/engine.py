@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 from tokentape.doctor.checks import Check, Checks, Status, one_line
-from tokentape.doctor.model import Model
+from tokentape.doctor.model import HELLO, Model
 from tokentape.doctor.same import other_directory, other_tokenizer
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
@@ -21,7 +21,7 @@ from tokentape.errors import (
     TokentapeError,
 )
 from tokentape.render import Frame
-from tokentape.types import Message, Prompt, Sampling
+from tokentape.types import Prompt, Sampling
 
 _TESTED = "0.5.23"
 _OLDEST = (0, 5)
@@ -56,7 +56,7 @@ async def check_engine(url: str, model: Model | None, api_key: str | None = None
             _defaults(checks, info)
             if model is None:
                 advice = "give --model, if log-probabilities and tokenizer are to be checked"
-                checks.warn("log-probabilities", "not checked: the model is not known", advice)
+                checks.warn("log-probabilities", "not checked: there is no model that could be used", advice)
                 return checks.found
             await _tokenizer(checks, engine, model)
             if any(one.status is Status.WRONG for one in checks.found if one.name in ("model", "tokenizer")):
@@ -160,8 +160,7 @@ async def _tokenizer(checks: Checks, engine: SGLangEngine, model: Model) -> None
 
 
 async def _logprobs(checks: Checks, engine: SGLangEngine, model: Model) -> None:
-    hello = Message(role="user", content="Say hello.")
-    prompt = model.renderer.render(Frame(), [hello]).run
+    prompt = model.renderer.render(Frame(), [HELLO]).run
     request = GenerateRequest(
         rid=f"doctor-{uuid.uuid4().hex}",
         prompt=Prompt(prompt),
