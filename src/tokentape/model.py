@@ -58,9 +58,7 @@ def model_sizes(directory: Path) -> ModelSizes:
     config = _read(directory / "config.json")
     text: dict[str, Any] = config.get("text_config") or config  # multimodal models nest it
     if not isinstance(text, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  # of a file
-        raise ConfigError(
-            f"{directory}: text_config is no object; copy config.json from the repository again"
-        )
+        raise ConfigError(f"{directory}: text_config is no object; copy config.json from its repository")
     eos_ids: set[int] = set()
     for source in (config, text, _read(directory / "generation_config.json")):
         eos: int | list[int] | None = source.get("eos_token_id")

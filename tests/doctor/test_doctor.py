@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sqlite3
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokentape.cli import main
 from tokentape.doctor import Check, Status
 from tokentape.doctor.checks import Checks, is_well
 from tokentape.doctor.engine import check_engine
-from tokentape.doctor.machine import Requirement, check_machine, check_packages, parse, satisfies
+from tokentape.doctor.machine import _EXTRAS, Requirement, check_machine, check_packages, parse, satisfies
 from tokentape.doctor.model import Model, check_model
 from tokentape.doctor.same import other_directory
 from tokentape.doctor.show import table
@@ -80,6 +81,11 @@ def test_packages() -> None:
     checks = Checks("machine")
     check_packages(checks, [Requirement("Some_Package", ">=1", None)], {"some-package": "1.0"})
     assert not_ok(checks.found) == {}
+
+
+def test_every_extra_says_what_it_is_for() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) == set(_EXTRAS)
 
 
 def test_a_port_that_is_taken() -> None:

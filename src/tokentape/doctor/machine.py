@@ -23,6 +23,7 @@ _EXTRAS: Mapping[str, str] = {
     "clients": "the SDKs' clients over a session (docs/inprocess.md)",
     "letta": "the adapter for Letta",
     "local": "the embedded engine: tokentape engine, demo",
+    "otel": "turns as OpenTelemetry spans",
     "postgres": "--store postgresql://…",
     "ray": "serve --ray, rollouts as Ray tasks",
     "demo": "tokentape demo",
