@@ -44,7 +44,7 @@ async def other_tokenizer(engine: SGLangEngine, tokenizer: Tokenizer) -> str | N
         EngineError: as `SGLangEngine.info`.
     """
     last = max(tokenizer.added_ids, default=tokenizer.vocab_size - 1)
-    for probe in (*_PROBES, tokenizer.token_text(last)):
+    for probe in filter(None, (*_PROBES, tokenizer.token_text(last))):
         said = await engine.tokenize(probe)
         if said is None:
             return ""
