@@ -59,8 +59,8 @@ LAYERS: dict[str, set[str]] = {
     "scale": {*CORE, "engines.server", "gateway", "scale", "store", "stores"},
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
-        *CORE, "addresses", "audit", "cli", "demo", "doctor", "engines", "export", "formatfile", "formats", "gateway",
-        "model", "report", "scale", "shown", "stores", "tokenizer", "verify", "viewer", "volatile", "",
+        *CORE, "addresses", "audit", "cli", "demo", "doctor", "engines", "export", "formatfile", "formats",
+        "gateway", "model", "report", "scale", "shown", "stores", "tokenizer", "verify", "viewer", "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {
