@@ -192,7 +192,7 @@ class RecordedSession:
         """
         gateway, session = self._recorder.gateway, await self._opened()
         await gateway.sessions.credit(session, _credit(reward, turns, branches, metadata))
-        return gateway.summary(session)
+        return await gateway.summary(session)
 
     async def finish(
         self,
@@ -210,11 +210,11 @@ class RecordedSession:
         """
         gateway, session = self._recorder.gateway, await self._opened()
         await gateway.sessions.finish(session, _credit(reward, turns, branches, metadata))
-        return gateway.summary(session)
+        return await gateway.summary(session)
 
     async def summary(self) -> Json:
         """State, counts of turns, branches, tokens and failures, the weights that sampled, rewards."""
-        return self._recorder.gateway.summary(await self._opened())
+        return await self._recorder.gateway.summary(await self._opened())
 
     async def samples(self) -> list[Json]:
         """The session's samples so far, one a branch: the columns of an export, each row a dict."""

@@ -6,33 +6,32 @@ fence. A commit names the fence that the session was taken with, in the same sta
 cannot write to it, whatever it believes. Expiry only decides when others may take it; exactness hangs on the
 fence.
 
-One thread has the connections and renews the lease, so that nothing a gateway computes delays it.
+The thread that has the connections (`postgres_connections`) renews the lease.
 """
 
 import asyncio
 import contextlib
 import logging
 import secrets
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import psycopg
-import uvloop
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.rows import DictRow, dict_row
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg.rows import DictRow
+from psycopg_pool import PoolTimeout
 
-from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError, StoreFull
+from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError
+from tokentape.postgres_connections import Connections, one_line
+from tokentape.postgres_dsn import without_password
 from tokentape.postgres_sql import (
     ARE_THERE,
     CREATE,
     DELETE,
     DISMISS,
     FAILED,
+    FORGET,
     HELD_BY,
     HOLDER,
     LIST,
@@ -40,13 +39,13 @@ from tokentape.postgres_sql import (
     LOAD,
     PUT_VERSION,
     RELEASE,
+    RELEASE_ALL,
     RENEW,
     REPLACE,
     REPLICAS,
     TAKE,
     VERSIONS,
     Connection,
-    migrate,
     put_turns,
 )
 from tokentape.schema import FAILURES, SESSIONS, rows_to_turns, turn_to_row
@@ -56,19 +55,7 @@ from tokentape.tape import Turn
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_PATIENCE_S = 30.0  # how long a change waits for a PostgreSQL that is being restarted
-_RETRY_S = 0.2
 _NONE = -1  # no session has this fence
-_MAX_CONNECTIONS = 16
-_CONNECTING: Mapping[str, Any] = {
-    # A partition must become an error: packets that nobody answers, then probes where nothing is sent.
-    "connect_timeout": 5,
-    "tcp_user_timeout": 8000,
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 2,
-    "application_name": "tokentape",
-}
 
 
 class PostgresStore:
@@ -109,15 +96,11 @@ class PostgresStore:
         self._num_lapses = 0
         self._valid_until = 0.0  # on this machine's clock: taken before the database was asked
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._closed = False
-        self._working: set[asyncio.Task[Any]] = set()
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="tokentape-store", daemon=True)
-        self._thread.start()
+        self._connections = Connections()
         try:
-            self._pool = self._submit(self._open(dsn, tokenizer)).result()
+            self._connections.submit(self._open(dsn, tokenizer)).result()
         except (psycopg.Error, PoolTimeout, OSError, ConfigError) as error:
-            self._stop_thread()
+            self._connections.end()
             raise ConfigError(f"--store {self._name}: {' '.join(str(error).split())}") from None
 
     # -- the store
@@ -130,7 +113,7 @@ class PostgresStore:
             del again  # done twice is done once
             fence = self._fences.get(record.session_id)
             statement = CREATE if fence is None else REPLACE
-            given = {**row, "me": self.replica_id, "fence": fence}
+            given = {**row, "me": self.replica_id, "fence": fence, "first": secrets.randbits(48)}
             found = await _row(connection, statement, given)
             if found is None and fence is None:
                 raise SessionExists(f"session {record.session_id!r} exists already", param="session_id")
@@ -218,13 +201,25 @@ class PostgresStore:
         Raises:
             SessionElsewhere: another replica has it.
         """
+        return await self._load(session_id, self._take)
 
+    async def read(self, session_id: str) -> StoredSession | None:
+        """The same without taking it: whoever writes it goes on."""
+
+        async def look(connection: Connection, given: Mapping[str, Any]) -> DictRow | None:
+            return await _row(connection, LOAD["session"], given)
+
+        return await self._load(session_id, look)
+
+    async def _load(
+        self, session_id: str, find: Callable[[Connection, Mapping[str, Any]], Awaitable[DictRow | None]]
+    ) -> StoredSession | None:
         async def run(
             connection: Connection, again: bool
         ) -> tuple[DictRow, list[DictRow], list[DictRow]] | None:
             del again
             given = {"session_id": session_id, "me": self.replica_id}
-            found = await self._take(connection, given)
+            found = await find(connection, given)
             if found is None:
                 return None
             return (
@@ -233,7 +228,7 @@ class PostgresStore:
                 await _rows(connection, LOAD["failures"], given),
             )
 
-        found = await self._do(self._trying(run, writes=False))
+        found = await self._connections.do(self._connections.trying(run, writes=False))
         if found is None:
             return None
         record, turns, failures = found
@@ -255,7 +250,8 @@ class PostgresStore:
             return True
         fence, lapses = self._fences.get(session_id), self._num_lapses
         rows = await self._read(HELD_BY, {"session_id": session_id})
-        held = bool(rows) and (rows[0]["fence"] == fence or rows[0]["state"] == "finished")
+        # A finished one has no fence here: whatever becomes of its holder, it stays as it is.
+        held = bool(rows) and (rows[0]["state"] == "finished" if fence is None else rows[0]["fence"] == fence)
         if held and fence is not None:
             self._confirmed[session_id] = lapses
         return held
@@ -268,12 +264,17 @@ class PostgresStore:
 
     async def aclose(self) -> None:
         """Finish what is waiting, give all sessions back, and close."""
-        if not self._closed:
-            self._closed = True
-            await asyncio.wrap_future(self._submit(self._close()))
-            await asyncio.to_thread(self._stop_thread)
+        if not self._connections.closed:
+            self._connections.closed = True
+            await asyncio.wrap_future(self._connections.submit(self._close()))
+            await asyncio.to_thread(self._connections.end)
 
     # -- replicas
+
+    @property
+    def num_lapses(self) -> int:
+        """How often others may have taken this replica's sessions."""
+        return self._num_lapses
 
     @property
     def is_leased(self) -> bool:
@@ -283,7 +284,10 @@ class PostgresStore:
     async def advertise(self, url: str | None) -> None:
         """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
         self._url = url
-        await self._do(self._renew())
+        try:
+            await self._connections.do(self._renew())
+        except (psycopg.Error, PoolTimeout) as error:
+            raise StoreError(f"the store failed: {one_line(error)}") from error
 
     async def replicas(self) -> Sequence[Replica]:
         """The replicas that are there and are not leaving."""
@@ -304,58 +308,50 @@ class PostgresStore:
 
         async def run(connection: Connection, again: bool) -> None:
             del again
-            fence = self._fences.pop(session_id, None)
-            self._confirmed.pop(session_id, None)
-            if fence is not None:
+            if (fence := self._fences.get(session_id)) is not None:
                 await connection.execute(RELEASE, {"session_id": session_id, "fence": fence})
+            self._fences.pop(session_id, None)
+            self._confirmed.pop(session_id, None)
 
         await self._change(session_id, run)
 
+    async def release_all(self, busy: Collection[str]) -> None:
+        """Give back all sessions but those `busy`: also the ones that are in no memory."""
+
+        async def run(connection: Connection, again: bool) -> None:
+            del again
+            for row in await _rows(connection, RELEASE_ALL, {"me": self.replica_id, "busy": list(busy)}):
+                self._fences.pop(row["session_id"], None)
+                self._confirmed.pop(row["session_id"], None)
+
+        await self._change("", run)
+
     # -- in the store's thread
 
-    async def _open(self, dsn: str, tokenizer: str | None) -> AsyncConnectionPool[Connection]:
-        options = "default_transaction_read_only=on" if self._readonly else "synchronous_commit=on"
-        told = str(conninfo_to_dict(dsn).get("options", ""))
-        conninfo = make_conninfo(
-            dsn,
-            **{name: value for name, value in _CONNECTING.items() if name not in conninfo_to_dict(dsn)},
-            options=f"{told} -c idle_in_transaction_session_timeout=30s -c {options}".strip(),
-        )
-        async with await Connection.connect(conninfo, autocommit=True, row_factory=dict_row) as connection:
-            await migrate(connection, tokenizer, readonly=self._readonly)
-        pool = AsyncConnectionPool[Connection](
-            conninfo,
-            kwargs={"autocommit": True, "row_factory": dict_row},
-            min_size=1,
-            max_size=_MAX_CONNECTIONS,
-            timeout=5.0,
-            open=False,
-        )
-        await pool.open()
-        self._pool = pool
+    async def _open(self, dsn: str, tokenizer: str | None) -> None:
+        await self._connections.open(dsn, tokenizer, readonly=self._readonly)
         if not self._readonly:
             await self._renew()
+            async with self._connections.for_lease.connection() as connection:
+                await connection.execute(FORGET)
             self._renewing = asyncio.ensure_future(self._renew_for_ever())
-        return pool
 
     async def _close(self) -> None:
         if not self._readonly:
             self._renewing.cancel()
-        await asyncio.gather(
-            *(task for task in self._working if task is not asyncio.current_task()), return_exceptions=True
-        )
+        await self._connections.settle()
         with contextlib.suppress(psycopg.Error, PoolTimeout):  # then the lease runs out by itself
             if not self._readonly:
-                async with self._pool.connection() as connection:
-                    await connection.execute("DELETE FROM replicas WHERE replica_id = %s", (self.replica_id,))
-        await self._pool.close()
+                async with self._connections.for_lease.connection() as connection:
+                    await connection.execute(DISMISS, {"replica_id": self.replica_id})
+        await self._connections.close()
 
     async def _renew(self) -> None:
         began = time.monotonic()
-        async with self._pool.connection() as connection:
+        async with self._connections.for_lease.connection() as connection:
             given = {"me": self.replica_id, "url": self._url, "lease_s": self.lease_s}
             [found] = await _rows(connection, RENEW, given)
-        if self._valid_until < began or found["is_new"]:
+        if self._valid_until < time.monotonic() or found["has_lapsed"]:  # by this clock, or by the database's
             self._num_lapses += 1  # others may have taken sessions meanwhile: each is asked for again
         self._valid_until = began + self.lease_s
 
@@ -365,17 +361,17 @@ class PostgresStore:
             try:
                 await self._renew()
             except (psycopg.Error, PoolTimeout) as error:
-                log.warning("store: the lease cannot be renewed: %s", _one_line(error))
+                log.warning("store: the lease cannot be renewed: %s", one_line(error))
 
     async def _take(self, connection: Connection, given: Mapping[str, Any]) -> DictRow | None:
-        if self._readonly:
-            return await _row(connection, LOAD["session"], given)
         lapses = self._num_lapses
         found = await _row(connection, TAKE, given)
         if found is not None:
             if found["state"] == "open":
                 self._fences[found["session_id"]] = found["fence"]
                 self._confirmed[found["session_id"]] = lapses
+            else:
+                self._fences.pop(found["session_id"], None)
             return found
         holder = await _row(connection, HOLDER, given)
         if holder is None:
@@ -400,7 +396,7 @@ class PostgresStore:
             del again
             return await _rows(connection, statement, given or {})
 
-        return await self._do(self._trying(run, writes=False))
+        return await self._connections.do(self._connections.trying(run, writes=False))
 
     async def _change(
         self, session_id: str, run: Callable[[Connection, bool], Awaitable[None]], *, num_changes: int = 1
@@ -414,58 +410,13 @@ class PostgresStore:
                 lock = self._turns[session_id] = asyncio.Lock()
             try:
                 async with lock:
-                    await self._trying(run, writes=True)
+                    await self._connections.trying(run, writes=True)
             except BaseException:
                 self._on_transaction(time.monotonic() - began, num_changes, False)
                 raise
             self._on_transaction(time.monotonic() - began, num_changes, True)
 
-        await self._do(change())
-
-    async def _trying(self, run: Callable[[Connection, bool], Awaitable[T]], *, writes: bool) -> T:
-        """Run on a connection, and `again` on another one where it was lost: it may be done already."""
-        until, again = time.monotonic() + _PATIENCE_S, False
-        while True:
-            sent = False
-            try:
-                async with self._pool.connection() as connection:
-                    sent = True
-                    return await run(connection, again)
-            except (psycopg.OperationalError, PoolTimeout, psycopg.errors.ReadOnlySqlTransaction) as error:
-                again = again or (sent and writes)
-                if isinstance(error, psycopg.errors.DiskFull):
-                    raise StoreFull(f"the store failed: {_one_line(error)}") from error
-                if time.monotonic() > until or self._closed:
-                    raise StoreError(f"the store failed: {_one_line(error)}", uncertain=again) from error
-                await asyncio.sleep(_RETRY_S)
-            except psycopg.Error as error:
-                raise StoreError(f"the store failed: {_one_line(error)}", uncertain=again) from error
-
-    async def _do(self, work: Coroutine[Any, Any, T]) -> T:
-        """Have it done in the store's thread, to its end even where the caller no longer waits."""
-        if self._closed:
-            work.close()
-            raise StoreError("the store is closed")
-        done = self._submit(work)
-        done.add_done_callback(lambda one: one.cancelled() or one.exception())  # somebody has looked at it
-        return await asyncio.shield(asyncio.wrap_future(done))
-
-    def _submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
-        async def run() -> T:
-            task = asyncio.current_task()
-            assert task is not None  # noqa: S101  # it is one
-            self._working.add(task)
-            try:
-                return await work
-            finally:
-                self._working.discard(task)
-
-        return asyncio.run_coroutine_threadsafe(run(), self._loop)
-
-    def _stop_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        await self._connections.do(change())
 
 
 async def _rows(connection: Connection, statement: str, given: Mapping[str, Any]) -> list[DictRow]:
@@ -481,17 +432,3 @@ async def _row(connection: Connection, statement: str, given: Mapping[str, Any])
 async def _are_there(connection: Connection, given: Mapping[str, Any]) -> bool:
     [found] = await _rows(connection, ARE_THERE, given)
     return found["there"] == len(given["turn_ids"])
-
-
-def without_password(dsn: str) -> str:
-    """A DSN that may be shown."""
-    try:
-        given = conninfo_to_dict(dsn)
-    except psycopg.Error:
-        return "postgresql://…"
-    port = f":{given['port']}" if "port" in given else ""
-    return f"postgresql://{given.get('host', '')}{port}/{given.get('dbname', '')}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -40,7 +40,7 @@ def _values(columns: Sequence[Column], suffix: object = "") -> str:
 _MINE = "session_id = %(session_id)s AND fence = %(fence)s"
 REPLACE = f"UPDATE sessions SET ({_names(SESSIONS)}) = ROW({_values(SESSIONS)}) WHERE {_MINE} RETURNING fence"
 CREATE = f"""
-INSERT INTO sessions ({_names(SESSIONS)}, holder, fence) VALUES ({_values(SESSIONS)}, %(me)s, 1)
+INSERT INTO sessions ({_names(SESSIONS)}, holder, fence) VALUES ({_values(SESSIONS)}, %(me)s, %(first)s)
 ON CONFLICT (session_id) DO UPDATE SET {", ".join(f"{c.name} = EXCLUDED.{c.name}" for c in SESSIONS)}
 WHERE sessions.holder = %(me)s RETURNING fence
 """
@@ -55,6 +55,9 @@ SELECT url, holder FROM sessions LEFT JOIN replicas ON replica_id = holder WHERE
 """
 HELD_BY = "SELECT state, fence FROM sessions WHERE session_id = %(session_id)s"
 RELEASE = f"UPDATE sessions SET holder = NULL WHERE {_MINE}"
+RELEASE_ALL = """
+UPDATE sessions SET holder = NULL WHERE holder = %(me)s AND session_id <> ALL(%(busy)s) RETURNING session_id
+"""
 DELETE = """
 WITH gone AS (
     DELETE FROM sessions WHERE session_id = %(session_id)s AND holder = %(me)s RETURNING session_id
@@ -86,11 +89,13 @@ ON CONFLICT DO NOTHING
 """
 VERSIONS = "SELECT version, said_by FROM weights ORDER BY seq"
 RENEW = """
+WITH had AS (SELECT 1 FROM replicas WHERE replica_id = %(me)s AND expires_at > now())
 INSERT INTO replicas (replica_id, url, expires_at)
 VALUES (%(me)s, %(url)s, now() + %(lease_s)s * interval '1 second')
 ON CONFLICT (replica_id) DO UPDATE SET url = EXCLUDED.url, expires_at = EXCLUDED.expires_at
-RETURNING xmax = 0 AS is_new
+RETURNING NOT EXISTS (SELECT 1 FROM had) AS has_lapsed
 """
+FORGET = "DELETE FROM replicas WHERE expires_at < now() - interval '1 day'"
 DISMISS = "DELETE FROM replicas WHERE replica_id = %(replica_id)s"
 REPLICAS = """
 SELECT replica_id, url FROM replicas WHERE expires_at > now() AND url IS NOT NULL ORDER BY replica_id

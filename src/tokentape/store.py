@@ -18,7 +18,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -139,6 +139,10 @@ class Store(Protocol):
         """
         ...
 
+    async def read(self, session_id: str) -> StoredSession | None:
+        """The same to look at: whoever writes it goes on."""
+        ...
+
     async def holds(self, session_id: str) -> bool:
         """Whether a session loaded or created here still is written here and by nobody else."""
         ...
@@ -178,12 +182,21 @@ class SharedStore(Store, Protocol):
         """Whether this replica's lease holds, as far as it knows: nobody else can have its sessions."""
         ...
 
+    @property
+    def num_lapses(self) -> int:
+        """How often others may have taken this replica's sessions."""
+        ...
+
     async def advertise(self, url: str | None) -> None:
         """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
         ...
 
     async def replicas(self) -> Sequence[Replica]:
         """The replicas that are there and are not leaving."""
+        ...
+
+    async def release_all(self, busy: Collection[str]) -> None:
+        """Give back all sessions but those `busy`: also the ones that are in no memory."""
         ...
 
     async def dismiss(self, replica_id: str) -> None:
@@ -292,6 +305,10 @@ class SQLiteStore:
 
     async def load(self, session_id: str) -> StoredSession | None:
         """A session with its turns; None where there is none."""
+        return await self.read(session_id)
+
+    async def read(self, session_id: str) -> StoredSession | None:
+        """The same: nobody else may write it."""
 
         def run(
             connection: sqlite3.Connection,

@@ -138,8 +138,8 @@ def test_chosen_sessions(store: Path, tmp_path: Path) -> None:
 
 def test_a_session_that_is_deleted_meanwhile(store: Path, tmp_path: Path) -> None:
     class Deleting(SQLiteStore):
-        async def load(self, session_id: str) -> Any:
-            return None if session_id == "s2" else await super().load(session_id)
+        async def read(self, session_id: str) -> Any:
+            return None if session_id == "s2" else await super().read(session_id)
 
     async def run() -> None:
         source = Deleting(store, readonly=True)
@@ -317,7 +317,7 @@ class Unread(SQLiteStore):
     async def list_sessions(self, **_: Any) -> Any:
         raise AssertionError
 
-    async def load(self, session_id: str) -> Any:
+    async def read(self, session_id: str) -> Any:
         raise AssertionError
 
 
@@ -361,6 +361,29 @@ def test_no_such_place(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_keys_in_a_uri_are_not_shown(tmp_path: Path) -> None:
     assert refused("s3://key:secret@bucket/x?nope=1", tmp_path).startswith("s3://bucket/x names no folder")
+    assert refused("hdfs://host:x/@", tmp_path).startswith("hdfs://host:x/@ names no folder")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://KEY:sec/ret@bucket/x",
+        "s3://KEY:sec?ret@bucket/x",
+        "s3://KEY:sec#ret@bucket/x",
+        "s3://KEY:sec@ret@bucket/x",
+        "s3://KEY:s@ec/ret@bucket/x",
+        "s3://KEY:12/sec@bucket/x",
+        "s3://KEY:sec%ret@bucket/x",
+        "s3://KEY:secret/x",
+        "s3://KEY:secret",
+        "gs://KEY:[sec/ret@bucket/x",
+        "abfs://:sec/ret@account/x",
+    ],
+)
+def test_keys_that_are_written_wrong_are_not_shown(uri: str, tmp_path: Path) -> None:
+    """An unescaped character ends them too soon: Arrow takes a piece for the host or the path."""
+    said = refused(uri, tmp_path)
+    assert not any(piece in said.replace("KEY:SECRET@", "") for piece in ("KEY", "sec", "ret", "12"))
 
 
 @pytest.mark.parametrize("failing", ["write", "close", "stat"])

@@ -106,7 +106,7 @@ class Run:
             case "credit":
                 await self.gateway.sessions.credit(session, Credit(reward=rng.random()))
             case _:
-                self.answers.append(self.named(self.gateway.summary(session)))
+                self.answers.append(self.named(await self.gateway.summary(session)))
 
     async def said(
         self, session: Session, asked: list[Json], headers: Mapping[str, str] | None = None
@@ -121,7 +121,7 @@ class Run:
         out: list[Any] = []
         for session_id in self.histories:
             session = await self.gateway.sessions.get(session_id)
-            out += [self.named(self.gateway.summary(session))]
+            out += [self.named(await self.gateway.summary(session))]
             out += self.named(samples(session.record, session.tree.tapes()).to_pylist())
         return out
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import signal
+import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from gatewaykit import (
 from serving import serving
 from tokentape.cli import main
 from tokentape.errors import ConfigError
+from tokentape.gateway.passing import connector
 from tokentape.gateway.replicas import places
 from tokentape.invariants import check_samples
 from tokentape.postgres import PostgresStore
@@ -144,6 +147,35 @@ async def test_a_replica_that_is_killed(
         assert_samples_match(seen_by(fake), rows, num_turns=16)
 
 
+async def test_a_replica_that_was_frozen_has_what_another_one_finished(
+    fake: FakeSGLang, model_dir: Path, database: str, tmp_path: Path
+) -> None:
+    """It has the first turn in memory; nobody may be given that for the whole."""
+    fake.responder = lambda asked: sampled("hello", seed=len(asked.input_ids))
+    arguments = ["serve", "--model", str(model_dir), "--engine", fake.url, "--port", "0"]
+    arguments += ["--store", database, "--lease", str(LEASE_S)]
+    async with (
+        gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as stays,
+        serving(tmp_path / "log", *arguments) as process,
+        aiohttp.ClientSession() as client,
+    ):
+        frozen = Gateway(process.url, client)
+        agents = [Agent(frozen, await frozen.create(session_id=f"s{n}")) for n in range(6)]
+        for agent in agents:
+            await agent.turn(USER)
+        process.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(2 * LEASE_S)
+        for agent in agents:
+            agent.gateway = stays
+            await agent.turn(USER)
+            await stays.ok("POST", f"/sessions/{agent.session_id}/finish", {"reward": 1.0})
+        process.process.send_signal(signal.SIGCONT)
+        for gateway in (frozen, stays):
+            for agent in agents:
+                [row] = await gateway.samples(agent.session_id)
+                assert (len(row["turns"]), row["reward"]) == (2, 1.0)
+
+
 async def test_a_turn_that_is_overtaken_is_refused(fake: FakeSGLang, model_dir: Path, database: str) -> None:
     """No split brain: whoever lost the session samples to the end, and cannot commit it."""
     async with gateway_for(fake.url, model_dir, database, lease_s=60.0) as gateway:
@@ -190,6 +222,23 @@ async def test_postgres_is_restarted_under_load(
         await episodes
         rows = [row for agent in agents for row in await gateways[0].samples(agent.session_id)]
         assert_samples_match(seen_by(fake), rows, num_turns=72)
+
+
+async def test_a_peer_whose_machine_is_gone_is_probed(fake: FakeSGLang) -> None:
+    """It sends nothing that would end a connection; without probes its answer is waited for without end."""
+    probed: list[socket.socket] = []
+    made = connector()
+    factory = made._socket_factory
+    assert factory is not None
+    made._socket_factory = lambda address: probed.append(own := factory(address)) or own
+    async with aiohttp.ClientSession(connector=made) as client, client.get(f"{fake.url}/health") as answer:
+        assert answer.status == 200
+        [own] = probed
+        assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = ("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 8000)
+        for name, value in options:
+            if hasattr(socket, name):
+                assert own.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
 
 
 def test_a_place_moves_only_where_it_must() -> None:

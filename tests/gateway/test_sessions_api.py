@@ -419,3 +419,20 @@ async def test_two_turns_of_a_session_side_by_side(fake: FakeSGLang, gateway: Ga
     samples = await gateway.samples(session_id)
     assert len(samples) == 5
     assert_samples_match(seen_by(fake), samples, num_turns=7)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "said"),
+    [
+        ("POST", "/sessions", {"group_id": "a\0b"}, "$.group_id"),
+        ("POST", "/sessions", {"group_id": "\0\n"}, "$.group_id"),
+        ("POST", "/sessions", {"session_id": "a\0b"}, "session_id must be"),
+        ("POST", "/weights", {"version": "a\0b"}, "$.version"),
+        ("GET", "/sessions?after=a%00b", None, "`after` must not have a NUL"),
+    ],
+)
+async def test_a_nul_is_refused(gateway: Gateway, method: str, path: str, body: Any, said: str) -> None:
+    """PostgreSQL's text has none: there it was a failure of the store, and worth another try."""
+    reply = await gateway.request(method, path, body)
+    assert (reply.status, reply.error["type"]) == (400, "invalid_request_error")
+    assert said in reply.error["message"]

@@ -1,16 +1,19 @@
 """What tests of rollouts share: an agent's turn, and what a store must look like afterwards."""
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from aiohttp import web
 
 import tokentape
 from gatewaykit import USER, Gateway
+from tokentape.engines.server import serve
 from tokentape.rollout import Episode, Group, Rollouts
 from tokentape.testing import FakeSGLang
 
@@ -70,6 +73,28 @@ class Served:
             assert [row["session_id"] for row in rows] == group.session_ids
             assert [row["reward"] for row in rows] == group.rewards
             assert {row["group_id"] for row in rows} <= {group.group_id}
+
+
+@contextlib.asynccontextmanager
+async def away() -> AsyncGenerator[tuple[str, list[str]]]:
+    """A gateway that is away as soon as it has opened a session: its URL, and what it did not answer."""
+    asked: list[str] = []
+
+    async def create(request: web.Request) -> web.Response:
+        return web.json_response({"session_id": "x", "base_url": "http://127.0.0.1:1"})
+
+    async def list_sessions(request: web.Request) -> web.Response:
+        return web.json_response({"sessions": [], "has_more": False})
+
+    async def refuse(request: web.Request) -> web.Response:
+        asked.append(f"{request.method} {request.path.rpartition('/')[2]}")
+        return web.Response(status=503)
+
+    app = web.Application()
+    app.add_routes([web.post("/sessions", create), web.get("/sessions", list_sessions)])
+    app.add_routes([web.route("*", "/sessions/{rest:.+}", refuse)])
+    async with serve(app, "127.0.0.1", 0, drain_s=1.0) as url:
+        yield url, asked
 
 
 async def until(condition: Callable[[], Any], within_s: float = 10.0) -> None:

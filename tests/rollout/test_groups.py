@@ -14,6 +14,28 @@ from tokentape.rollout import Episode, Result
 from tokentape.schema import SAMPLES
 from tokentape.testing import FakeSGLang
 
+NESTED: dict[str, Any] = {}
+NESTED["inside"] = NESTED
+
+
+class Tensor:
+    """One of two elements."""
+
+    def __float__(self) -> float:
+        raise ValueError("only one element tensors can be converted")
+
+
+class Scalar:
+    """A number that is none of Python's own, as NumPy's are."""
+
+    def __float__(self) -> float:
+        return 0.5
+
+
+def odd(*given: Any) -> Result:
+    """A result of whatever an agent puts into it."""
+    return Result(*given)
+
 
 async def test_every_group_is_whole(served: Served) -> None:
     groups = await served.all(solve, [f"task {n}" for n in range(6)], group_size=3, concurrency=5)
@@ -134,6 +156,13 @@ async def test_a_failed_group_ends_the_run_if_asked(served: Served) -> None:
         (Result(1.0, {"x": object()}), "episode_result_wrong", "cannot be sent"),
         (Result(1.0, {"rollout": 1}), "episode_result_wrong", "not the agent's"),
         (Result(1.0, {}, {"t-nobody": 1.0}), "episode_result_wrong", "turn_rewards"),
+        (odd("0.5"), "episode_result_wrong", "a number, not '0.5'"),
+        (odd(1.0, {}, {"t": "high"}), "episode_result_wrong", "a number, not 'high'"),
+        (odd(1.0, None), "episode_result_wrong", "TypeError"),
+        (Result(1.0, {"out": "\udcff"}), "episode_result_wrong", "cannot be sent"),
+        (Result(1.0, NESTED), "episode_result_wrong", "cannot be sent"),
+        pytest.param(10**400, "episode_result_wrong", "OverflowError", id="huge"),
+        (Tensor(), "episode_result_wrong", "only one element"),
     ],
 )
 async def test_a_wrong_result_is_a_failure(served: Served, returned: Any, kind: str, said: str) -> None:
@@ -144,6 +173,22 @@ async def test_a_wrong_result_is_a_failure(served: Served, returned: Any, kind: 
     (group,) = await served.all(episode, [0])
     assert [failure.kind for failure in group.failures] == [kind, kind]
     assert said in group.failures[0].message
+    await served.check([])
+
+
+async def test_rewards_may_be_of_other_number_types(served: Served) -> None:
+    async def episode(task: Any, episode: Episode) -> Any:
+        turn_id = (await turn(episode))["tokentape"]["turn_id"]
+        return odd(Scalar(), {}, {turn_id: Scalar()}, {turn_id: None})
+
+    (group,) = await served.all(episode, [0])
+    assert group.rewards == [0.5]
+    await served.check([group])
+
+
+async def test_a_function_that_is_not_async_is_a_failure(served: Served) -> None:
+    (group,) = await served.all(lambda task, episode: 1.0, [0], retries=0)
+    assert [failure.kind for failure in group.failures] == ["episode_failed"]
     await served.check([])
 
 

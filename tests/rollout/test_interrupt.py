@@ -4,11 +4,14 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rolloutkit import Served
+from rolloutkit import Served, away, rollouts, until
 
+from tokentape.rollout import Episode
 from tokentape.rollout.progress import Watch
 
 DRIVER = """
@@ -55,6 +58,47 @@ async def test_an_interrupt_leaves_nothing(served: Served, how: str) -> None:
         _, err = await process.communicate()
     assert process.returncode != 0
     assert err.decode().strip().endswith("KeyboardInterrupt")
+    await served.check([])
+
+
+@pytest.mark.parametrize(("fails", "call"), [(True, "DELETE"), (False, "POST finish")])
+async def test_who_leaves_does_not_wait_for_a_gateway_that_is_away(
+    fails: bool, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tokentape.rollout.attempt._GIVE_UP_S", 0.3)
+
+    async def episode(task: Any, episode: Episode) -> float:
+        if fails:
+            raise RuntimeError
+        return 1.0
+
+    async with away() as (url, asked):
+        async with rollouts(episode, [0], url, gateway_timeout_s=60.0):
+            await until(lambda: any(one.startswith(call) for one in asked))
+            started = time.monotonic()
+        assert 0.2 < time.monotonic() - started < 5
+    assert "a session may stay open" in caplog.text
+
+
+async def test_who_leaves_waits_until_a_session_is_deleted(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though not for ever, a call is not cut off at once: the gateway may only be slow."""
+    from tokentape.rollout.control import Control
+
+    begun, delete = asyncio.Event(), Control.delete
+
+    async def slow(self: Control, session_id: str, **options: Any) -> None:
+        begun.set()
+        await asyncio.sleep(0.5)
+        await delete(self, session_id, **options)
+
+    async def episode(task: Any, episode: Episode) -> float:
+        raise RuntimeError
+
+    monkeypatch.setattr(Control, "delete", slow)
+    async with served.rollouts(episode, [0]):
+        await begun.wait()
     await served.check([])
 
 

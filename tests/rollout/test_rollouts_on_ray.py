@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from rolloutkit import Served, agent, until
+from rolloutkit import Served, agent, away, rollouts, until
 
 import tokentape
 from tokentape.errors import ConfigError, GatewayRefused
@@ -153,6 +153,20 @@ async def test_cancelling_stops_tasks(served: Served, tmp_path: Path) -> None:
         started = time.monotonic()
     assert time.monotonic() - started < 8
     await served.check([])
+
+
+async def test_who_leaves_does_not_wait_for_a_gateway_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onray, "_CANCEL_S", 1.0)
+
+    async def episode(task: Any, episode: Episode) -> float:
+        raise RuntimeError
+
+    async with away() as (url, asked):
+        async with rollouts(episode, [0], url, gateway_timeout_s=60.0, on="ray"):
+            await until(lambda: "DELETE" in "".join(asked), 30)
+            started = time.monotonic()
+        assert time.monotonic() - started < 8
+        assert any(one.startswith("GET") for one in asked)  # the driver has looked for itself
 
 
 async def test_commands_run_in_tasks_too(served: Served, tmp_path: Path) -> None:

@@ -127,8 +127,24 @@ def test_wrong_clusters(ray_here: None, model_dir: Path, database: str, tmp_path
     )
     with pytest.raises(ConfigError, match="nowhere"), Cluster(service, ScaleConfig(num_cpus=0.1)):
         pass
-    with pytest.raises(ConfigError, match="2 replicas are not from 3 to 3"):
-        Cluster(service, ScaleConfig(replicas=2, min_replicas=3)).__enter__()
+    assert "raise --max-replicas (max_replicas) from 2" in refused(
+        "--store", database, "--replicas", "4", "--max-replicas", "2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        ({"replicas": 4, "max_replicas": 2}, r"4 replicas .* raise --max-replicas \(max_replicas\) from 2"),
+        ({"max_replicas": 1}, "2 replicas to begin with"),
+        ({"replicas": 2, "min_replicas": 3}, "lower min_replicas, 3"),
+        ({"replicas": 0}, "at least one"),
+        ({"min_replicas": 0}, "at least one"),
+    ],
+)
+def test_numbers_of_replicas_that_do_not_fit(scale: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ScaleConfig(**scale)
 
 
 def test_a_ray_that_does_not_fit(model_dir: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +182,26 @@ async def test_the_front_asks_the_next_one(fake: FakeSGLang, model_dir: Path, da
         assert (await behind.show(gone))["turns"] == 3
         too_large = await behind.post(gone, {"messages": [{"role": "user", "content": "x" * (2 << 20)}]})
         assert (too_large.status, too_large.error["code"]) == (413, "too_large")
+
+
+async def test_metrics_behind_a_key(fake: FakeSGLang, model_dir: Path, database: str) -> None:
+    """The front knows no key: whoever has a wrong one is told what the replicas say."""
+    from gatewaykit import gateway_for
+
+    urls = ["http://127.0.0.1:9"]
+    async with (
+        gateway_for(fake.url, model_dir, database, http={"api_key": "right"}) as gateway,
+        front(lambda: urls, "127.0.0.1", 0, max_body_bytes=1 << 20, drain_s=1.0) as url,
+        aiohttp.ClientSession() as client,
+    ):
+        urls.append(gateway.url)
+        behind = Gateway(url, client)
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            answer = await behind.request("GET", "/metrics", headers=headers)
+            assert (answer.status, answer.error["code"]) == (401, "unauthorized")
+        answer = await behind.request("GET", "/metrics", headers={"Authorization": "Bearer right"})
+        assert answer.status == 200
+        assert "tokentape_turns_total" in answer.body.decode()
 
 
 async def test_rollouts_over_replicas(

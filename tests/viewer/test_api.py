@@ -3,6 +3,7 @@
 import json
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,11 @@ import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
+from viewerkit import turn as made_turn
 
 from gatewaykit import (
     CLOCK,
@@ -26,20 +32,27 @@ from gatewaykit import (
     sampled,
 )
 from tokentape.engines.server import serve
+from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError, NotFound
 from tokentape.export import stored_samples, write_parquet
+from tokentape.gateway.memory import MemoryLimits
+from tokentape.gateway.parts import PartsConfig, parts
+from tokentape.gateway.viewing import desk_of
 from tokentape.gateway.wirelog import Exchanged, WireLog
-from tokentape.store import SQLiteStore
+from tokentape.store import SessionRecord, SQLiteStore
 from tokentape.stores import open_store
-from tokentape.testing import FakeSGLang, Reply, pseudo_logprob
-from tokentape.tokenizer import Tokenizer
+from tokentape.testing import FakeSGLang, Reply, byte_level_tokenizer, pseudo_logprob
+from tokentape.tokenizer import TextStream, Tokenizer
+from tokentape.types import Message
 from tokentape.viewer.app import make_app
 from tokentape.viewer.desk import Desk
+from tokentape.viewer.drift import drifts as viewed_drifts
+from tokentape.viewer.episode import Branch, Stretch
 from tokentape.viewer.files import FileSource
 from tokentape.viewer.glyphs import Glyphs, visible, width
 from tokentape.viewer.source import Source
 from tokentape.viewer.stored import StoreSource
-from tokentape.viewer.strip import first_difference
+from tokentape.viewer.strip import find_text, first_difference
 
 Json = dict[str, Any]
 
@@ -145,6 +158,32 @@ async def test_the_tree_and_the_table(fake: FakeSGLang, gateway: Gateway) -> Non
     assert not table["has_more"]
 
 
+async def test_the_table_has_no_long_metadata(
+    fake: FakeSGLang, gateway: Gateway, store: Path, tmp_path: Path
+) -> None:
+    many = {f"key-{n}": [0, 1, 2] for n in range(1000)}
+    given: list[Json] = [
+        {"prompt": "x" * 20_000, "try": 3},
+        {"é": ["é"] * 9000},
+        many,
+        {"a": ["b"]},
+    ]
+    fake.responder = lambda _: sampled("hello")
+    for number, metadata in enumerate(given):
+        await gateway.create(session_id=f"s{number}", metadata=metadata)
+        await gateway.chat(f"s{number}", [USER])
+    live = await gateway.ok("GET", "/ui/api/sessions")
+    for table in (live, *[await Desk(one).sessions("", 9) for one in await sources(store, tmp_path)]):
+        rows = table["sessions"]
+        assert [row.get("metadata_cut", False) for row in rows] == [True, True, True, False]
+        assert all(len(json.dumps(row["metadata"], ensure_ascii=False)) < 4000 for row in rows)
+        assert rows[0]["metadata"] == {"prompt": "x" * 1000 + "…", "try": 3}
+        assert rows[2]["metadata"]["key-3"] == [0, 1, 2]
+        assert rows[3]["metadata"] == {"a": ["b"]}
+    for number, metadata in enumerate(given):  # whoever looks at one session sees all
+        assert (await gateway.ok("GET", f"/sessions/s{number}/view/summary"))["metadata"] == metadata
+
+
 async def test_attempts_stand_at_their_tokens(fake: FakeSGLang, gateway: Gateway) -> None:
     session_id = await episode(fake, gateway)
     session = await gateway.ok("GET", f"/sessions/{session_id}/view")
@@ -180,6 +219,75 @@ async def test_drift_is_where_encoding_again_differs(fake: FakeSGLang, gateway: 
     assert found
 
 
+def sampled_branch(ids: Sequence[int]) -> Branch:
+    """One turn that sampled these ids, and was given one."""
+    token_ids = array("i", [1, *ids])
+    logprobs = array("f", [-1.0] * len(token_ids))
+    one = Stretch("t", 0, 1, len(token_ids), trained=True)
+    return Branch("t", "root", "main", "", None, False, token_ids, logprobs, (), (one,))
+
+
+def drifts_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[Json]:
+    """The drifts of a turn; put in their places they are the other encoding."""
+    glyphs = Glyphs(tokenizer)
+    said = viewed_drifts(sampled_branch(ids), tokenizer, glyphs)
+    again = [1, *ids]
+    for one in reversed(said):
+        mine = again[one["start"] : one["end"]]
+        assert one["recorded"] == [glyphs.of(token_id).text for token_id in mine[:64]]
+        assert one["texts"] == [glyphs.of(token_id).text for token_id in one["ids"]]
+        assert one["cut"] == (max(len(mine), one["num_ids"]) > 64)
+        assert not (mine and one["ids"] and (mine[0] == one["ids"][0] or mine[-1] == one["ids"][-1]))
+        again[one["start"] : one["end"]] = one["ids"]
+    if not any(one["cut"] for one in said):
+        text = tokenizer.decode([token_id for token_id in ids if glyphs.bytes_of(token_id)])
+        assert array("i", again[1:]) == tokenizer.encode(text)
+    return said
+
+
+@pytest.fixture(scope="module")
+def composing(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A byte-level tokenizer that makes one character of a letter and an accent, as Qwen's do."""
+    library = byte_level_tokenizer()
+    library.normalizer = normalizers.NFC()
+    library.save(str(path := tmp_path_factory.mktemp("composing") / "tokenizer.json"))
+    return Tokenizer(path)
+
+
+def test_a_drift_is_as_short_as_it_can_be(composing: Tokenizer) -> None:
+    half = next(i for i in range(composing.vocab_size) if composing.token_bytes(i) == b"\xf0")
+    body = composing.encode("hello the weather, hello the world. " * 100)
+    said = drifts_of([*body[:10], half, *body[10:500], half, half, *body[500:]], composing)
+    assert [(one["start"], one["end"]) for one in said] == [(11, 12), (502, 503), (503, 504)]
+    unknown = composing.vocab_size + 5  # it means no text
+    [last] = drifts_of([*body, unknown], composing)
+    assert (last["recorded"], last["ids"]) == ([f"⟨#{unknown}⟩"], [])
+
+
+def test_a_drift_is_found_again_where_a_text_is_normalized(composing: Tokenizer) -> None:
+    bytes_of = {composing.token_bytes(i): i for i in range(composing.vocab_size)}
+    accented = [bytes_of[bytes([byte])] for byte in "e\u0301".encode()]
+    body = composing.encode("hello the weather, hello the world. " * 100)
+    three = drifts_of([*accented, *body, bytes_of[b"\xf0"], *body, *accented], composing)
+    assert [one["end"] - one["start"] <= 3 for one in three] == [True, True, True]
+
+
+def test_a_long_drift_is_cut(composing: Tokenizer) -> None:
+    letters = [composing.encode(letter)[0] for letter in "hello"]
+    [one] = drifts_of([composing.vocab_size + 5] * 100, composing)
+    assert (len(one["recorded"]), one["cut"], one["end"] - one["start"]) == (64, True, 100)
+    said = drifts_of(letters * 100, composing)
+    assert [one["cut"] for one in said] == [False] * 100
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_drifts_are_the_other_encoding(composing: Tokenizer, data: st.DataObject) -> None:
+    likely = composing.encode("hello weather e\u0301 \u00e9 👋")
+    ids = st.integers(0, composing.vocab_size + 5) | st.sampled_from(likely.tolist())
+    drifts_of(data.draw(st.lists(ids, max_size=60)), composing)
+
+
 async def test_search(fake: FakeSGLang, gateway: Gateway) -> None:
     session_id = await episode(fake, gateway)
     [sample] = [one for one in await gateway.samples(session_id) if len(one["turns"]) == 3]
@@ -211,16 +319,12 @@ async def test_a_store_and_a_file_say_the_same(
         k: live[k] for k in ("summary", "turns", "branches")
     }
     other = await filed.session(session_id)
-    assert other["summary"] | {"state": "finished"} == live["summary"] | {
-        "created_at": None,
-        "reasons": other["summary"]["reasons"],
-    }
+    assert other["summary"] | {"state": "finished"} == live["summary"] | {"created_at": None}
     assert [branch["branch_id"] for branch in other["branches"]] == [
         branch["branch_id"] for branch in live["branches"]
     ]
     assert other["branches"] == live["branches"]
-    parents = {turn["turn_id"]: turn["parent_id"] for turn in live["turns"]}
-    assert {turn["turn_id"]: turn["parent_id"] for turn in other["turns"]} == parents
+    assert tree_of(other) == tree_of(live)
     for branch in live["branches"]:
         mine = await stored.branch(session_id, branch["branch_id"])
         its = await filed.branch(session_id, branch["branch_id"])
@@ -248,6 +352,44 @@ async def test_a_store_and_a_file_say_the_same(
             await desk.session("nobody")
         with pytest.raises(NotFound):
             await desk.branch(session_id, "no turn")
+
+
+def tree_of(session: Json) -> dict[str, tuple[str | None, str | None]]:
+    """Each turn's parent and reason."""
+    return {turn["turn_id"]: (turn["parent_id"], turn["reason"]) for turn in session["turns"]}
+
+
+@pytest.mark.parametrize(
+    "last", [("b2", "a2"), ("a2", "b2"), ("b2",), ("b2", "b3", "a2"), ("a3", "b2", "a2")], ids="-".join
+)
+@pytest.mark.parametrize("rewards", [{}, {"b2": 1.0}])
+async def test_a_file_shows_the_tree_of_its_store(
+    tmp_path: Path, last: tuple[str, ...], rewards: dict[str, float]
+) -> None:
+    """Whichever branch goes on first: the reasons are their turns', the session's reward is no branch's."""
+    commits = [("r", None, "root"), ("a1", "r", None), ("b1", "r", "resampled")]
+    begun = set[str]()
+    for name in last:
+        parent = f"{name[0]}1"
+        commits.append((name, parent, "forked" if parent in begun else None))
+        begun.add(parent)
+    commits += [("n1", None, "resampled"), ("n3", "n1", None), ("n2", "n1", "forked"), ("n4", "n3", None)]
+    at = SQLiteStore(tmp_path / "s.sqlite")
+    await at.put_session(SessionRecord("x", "finished", 1.5, reward=0.25, branch_rewards=rewards))
+    made = [
+        made_turn(name, [5], [6], parent_id=parent, branch_reason=reason, reply=Message("assistant", name))
+        for name, parent, reason in commits
+    ]
+    await at.put_turns("x", made)
+    await at.aclose()
+    stored, filed = [
+        await Desk(source).session("x") for source in await sources(tmp_path / "s.sqlite", tmp_path)
+    ]
+    assert tree_of(stored) == {name: (parent, reason) for name, parent, reason in commits}
+    assert tree_of(filed) == tree_of(stored)
+    assert filed["branches"] == stored["branches"]
+    assert filed["summary"]["reasons"] == stored["summary"]["reasons"]
+    assert filed["summary"]["reward"] == (None if rewards else 0.25)
 
 
 async def test_another_file_is_refused(tmp_path: Path) -> None:
@@ -313,6 +455,99 @@ async def test_nothing_is_sent_where_nothing_changed(fake: FakeSGLang, gateway: 
         again = await gateway.request("GET", path, headers={"If-None-Match": answer.headers["ETag"]})
         assert (again.status, again.body) == (304, b"")
     assert len(tags) == 3
+
+
+async def test_a_later_session_of_the_same_id_is_another(
+    fake: FakeSGLang, gateway: Gateway, store: Path
+) -> None:
+    fake.responder = lambda _: sampled("hello")
+    opened = open_store(store, readonly=True)
+    seen = list[tuple[str, str, str]]()
+    for _ in range(2):
+        await gateway.create(session_id="again")
+        turn_id = (await gateway.chat("again", [USER]))["tokentape"]["turn_id"]
+        answer = await gateway.request("GET", "/sessions/again/view")
+        assert [turn["turn_id"] for turn in answer.body["turns"]] == [turn_id]
+        await gateway.ok("GET", f"/sessions/again/view/{turn_id}")
+        seen.append((turn_id, answer.headers["ETag"], await StoreSource(opened, "s").version("again")))
+        await gateway.ok("DELETE", "/sessions/again")
+    assert all(first != second for first, second in zip(*seen, strict=True))
+
+
+async def test_who_looks_at_sessions_pushes_none_out(fake: FakeSGLang, model_dir: Path, store: Path) -> None:
+    config = PartsConfig(
+        model=str(model_dir),
+        engine=SGLangConfig(fake.url),
+        store=store,
+        memory=MemoryLimits(max_sessions=2),
+    )
+    async with parts(config) as gateway:
+        names = [f"s{number}" for number in range(5)]
+        for name in names:
+            await gateway.sessions.create(name)
+        desk = desk_of(gateway)
+        for name in reversed(names):
+            await desk.version(name)
+            assert (await desk.session(name))["summary"] == await desk.summary(name)
+        assert [name for name in names if gateway.sessions.is_here(name)] == names[-2:]
+
+
+class Asked(StoreSource):
+    """A source that counts how often it is asked for a version."""
+
+    num_asked = 0
+
+    async def version(self, session_id: str) -> str:
+        self.num_asked += 1
+        return await super().version(session_id)
+
+
+async def test_a_finished_session_is_not_read_for_every_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokentape.viewer.stored._FRESH_S", 0.0)
+    at = SQLiteStore(tmp_path / "s.sqlite")
+    source = Asked(at, "s")
+    desk = Desk(source)
+
+    async def asked(state: str, name: str) -> int:
+        await at.put_session(SessionRecord("x", state, 1.0))
+        await at.put_turns("x", [made_turn(name, [1], [2, 3])])
+        before = source.num_asked
+        for _ in range(10):
+            assert (await desk.tokens("x", name, 0, 3))["ids"] == [1, 2, 3]
+        return source.num_asked - before
+
+    assert await asked("open", "t1") == 10
+    await at.delete("x")
+    assert await asked("finished", "t2") == 1
+    await at.delete("x")
+    with pytest.raises(NotFound):
+        await desk.version("x")
+    with pytest.raises(NotFound):
+        await desk.tokens("x", "t2", 0, 3)
+    assert await asked("finished", "t3") == 1
+    await at.delete("x")
+    await at.put_session(SessionRecord("x", "finished", 2.0))
+    await at.put_turns("x", [made_turn("t4", [1], [2, 3])])
+    await desk.version("x")
+    assert [turn["turn_id"] for turn in (await desk.session("x"))["turns"]] == ["t4"]
+    monkeypatch.setattr("tokentape.viewer.desk._FINAL_S", 0.0)
+    await desk.session("x")
+    await at.delete("x")
+    with pytest.raises(NotFound):
+        await desk.session("x")
+    await at.aclose()
+
+
+async def test_another_file_is_another_version(
+    fake: FakeSGLang, gateway: Gateway, store: Path, tmp_path: Path
+) -> None:
+    session_id = await episode(fake, gateway)
+    [_, before] = await sources(store, tmp_path)
+    [_, after] = await sources(store, tmp_path)  # written again
+    assert await before.version(session_id) == await before.version(session_id)
+    assert await before.version(session_id) != await after.version(session_id)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -438,12 +673,23 @@ def test_everything_can_be_seen() -> None:
         "\ue000",
         "\ufeff",
         "\U000e0041",
+        "a\U000e0100b",
+        "a\u034fb",
+        "\u3164",
+        "\u115f\u1160",
+        "\uffa0",
+        "\u17b4",
+        "\u180b",
+        "\ufe00",
+        "\U0001d173",
     ):
         shown = visible(hostile)
         assert "⟨U+" in shown
         assert all(c.isprintable() for c in shown), ascii(shown)
     assert visible("a\tb\n") == "a⇥b⏎"
     assert visible("\u0301a") == "◌\u0301a"
+    assert visible("\ufe0ea") == "⟨U+FE0E⟩a"
+    assert visible("❤\ufe0f") == "❤\ufe0f"
     assert (width("日本"), width("e\u0301"), width("ab")) == (4, 1, 2)
 
 
@@ -456,6 +702,68 @@ def test_glyphs_of_all_ids(model_dir: Path) -> None:
         assert glyph.columns == width(glyph.text) > 0
         assert bytes.fromhex(glyph.hex) == glyphs.bytes_of(token_id)
     assert Glyphs(None).of(17).text == " 17"
+
+
+class Counting(Tokenizer):
+    """A tokenizer that counts what it decodes."""
+
+    num_decoded = 0
+
+    def decode(self, ids: Sequence[int]) -> str:
+        self.num_decoded += len(ids)
+        return super().decode(ids)
+
+    def stream(self) -> TextStream:
+        raise AssertionError("it decodes all that there is again for each token")
+
+
+@pytest.fixture(params=[False, True], ids=["", "strips"])
+def falling_back(request: pytest.FixtureRequest, tmp_path: Path) -> Counting:
+    """A vocabulary of words that begin with their space, and of bytes, as Gemma's is, and Llama 2's."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    for word in ("\u2581", "a", "h", "i", "\u2581hello", "\u2581world", "hello", "<|end|>"):
+        vocab[word] = len(vocab)
+    library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, fuse_unk=True))
+    library.normalizer = normalizers.Replace(" ", "\u2581")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    library.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if request.param else [])])
+    library.save(str(tmp_path / "tokenizer.json"))
+    return Counting(tmp_path / "tokenizer.json")
+
+
+def ids_in(tokenizer: Tokenizer, *tokens: str | bytes) -> list[int]:
+    names = [[one] if isinstance(one, str) else [f"<0x{byte:02X}>" for byte in one] for one in tokens]
+    return [token_id for some in names for name in some if (token_id := tokenizer.id_of(name)) is not None]
+
+
+def test_tokens_that_are_not_bytes(falling_back: Counting) -> None:
+    glyphs = Glyphs(falling_back)
+    ids = ids_in(falling_back, "\u2581hello", "\u2581", "hello", "é\n".encode(), "<|end|>")
+    assert [glyphs.of(token_id).text for token_id in ids] == [
+        *(" hello", " ", "hello", "⟨c3⟩", "⟨a9⟩", "⏎", "<|end|>")
+    ]
+    assert b"".join(map(glyphs.bytes_of, ids)) == " hello helloé\n<|end|>".encode()
+    branch = sampled_branch(ids)
+    assert find_text(branch, glyphs, "é") == [(4, 6)]
+    assert find_text(branch, glyphs, "hello hello") == [(1, 4)]
+    assert glyphs.bytes_of(falling_back.vocab_size + 10**6) == b""
+
+
+async def test_attempts_stand_at_tokens_that_are_not_bytes(falling_back: Counting, tmp_path: Path) -> None:
+    """And the whole completion is not decoded again for each of its tokens."""
+    before, call = ["\u2581hello", "é".encode()] * 2000, ["\u2581world", "h", "i"]
+    start, ids = len(ids_in(falling_back, *before)), ids_in(falling_back, *before, *call, "\u2581hello")
+    text = falling_back.decode(ids)
+    span = {"start": text.index(" world"), "end": text.index(" world") + len(" worldhi")}
+    at = SQLiteStore(tmp_path / "s.sqlite")
+    await at.put_session(SessionRecord("x", "open", 1.5))
+    await at.put_turns("x", [made_turn("t", [97], ids, attempts=({"status": "ok", **span},))])
+    desk = Desk(StoreSource(at, "s"), falling_back)
+    falling_back.num_decoded = 0
+    [turn] = (await desk.branch("x", "t"))["turns"]
+    await at.aclose()
+    assert turn["attempts"] == [{"status": "ok", **span, "tokens": [1 + start, 1 + start + 3]}]
+    assert falling_back.num_decoded < 2 * len(ids)
 
 
 def test_first_difference() -> None:

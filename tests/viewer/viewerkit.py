@@ -245,11 +245,9 @@ async def hostile(world: World) -> str:
 
 
 async def grow(world: World, session_id: str, agent: Agent | None = None) -> Agent:
-    """One more turn."""
+    """One more turn of the same branch: without a thought, which Qwen's template would leave out later."""
     agent = agent or Agent(world.gateway, session_id)
-    world.fake.script(
-        world.policy.says(f"<think>\n\n</think>\n\nAnswer number {len(agent.messages)}.", ("13",))
-    )
+    world.fake.script(world.policy.says(f"Answer number {len(agent.messages)}.", ("13",)))
     await agent.turn({"role": "user", "content": "Once more."})
     return agent
 

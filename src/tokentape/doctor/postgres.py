@@ -7,16 +7,22 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from tokentape.doctor.checks import Check, Checks, one_line
-from tokentape.postgres import without_password
+from tokentape.errors import ConfigError
+from tokentape.postgres_dsn import without_password
 
 _OLDEST = 120000
-_CONNECTIONS = 16  # a gateway's pool
+_CONNECTIONS = 17  # a gateway's pool
+_ADVICE = "start it, or correct the DSN: postgresql://USER:PASSWORD@HOST:5432/DATABASE"
 
 
 def check_postgres(dsn: str, fingerprint: str | None) -> list[Check]:
     """Everything about a database that is, or would be, a store."""
     checks = Checks("store")
-    name = without_password(dsn)
+    try:
+        name = without_password(dsn)
+    except ConfigError as error:
+        checks.wrong("reachable", str(error), _ADVICE)
+        return checks.found
     try:
         conninfo = make_conninfo(dsn, connect_timeout=5, application_name="tokentape doctor")
         with psycopg.connect(conninfo, autocommit=True) as connection:
@@ -28,8 +34,7 @@ def check_postgres(dsn: str, fingerprint: str | None) -> list[Check]:
             if is_there:
                 _contents(checks, connection, fingerprint)
     except psycopg.Error as error:
-        advice = "start it, or correct the DSN: postgresql://USER:PASSWORD@HOST:5432/DATABASE"
-        checks.wrong("reachable", f"{name}: {one_line(error)}", advice)
+        checks.wrong("reachable", f"{name}: {one_line(error)}", _ADVICE)
     return checks.found
 
 

@@ -82,6 +82,7 @@ class EnginePool:
     """An `engines.base.Engine` over the workers of `urls`, each made by `make`.
 
     `moved` counts the generations that went on at another worker, by the kind of error that drove them away.
+    `changes` has the URLs that were added (True) or removed (False) since the start.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class EnginePool:
         self._of_session: OrderedDict[str, Worker] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
         self.moved: Counter[str] = Counter()
+        self.changes: dict[str, bool] = {}
         for url in urls:
             self._add(url)
 
@@ -128,6 +130,7 @@ class EnginePool:
         else:
             await worker.engine.info()
         worker.state, worker.num_failures = "healthy", 0
+        self.changes[url] = True
         return worker
 
     async def remove(self, url: str, *, abort: bool = False) -> None:
@@ -145,6 +148,7 @@ class EnginePool:
         if all(other is worker or other.state == "draining" for other in self.workers):
             raise WorkerNeeded(f"{url} is the last worker: add another one first", param="url")
         worker.state = "draining"
+        self.changes[worker.url] = False
         if abort:
             await worker.engine.drop()
         self._leave_if_idle(worker)

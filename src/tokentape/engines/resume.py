@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from msgspec.structs import replace
 
 from tokentape.engines.base import Engine, EngineInfo, GenerateRequest, GenerateResult, TokenChunk
-from tokentape.errors import EngineAborted, InternalError
+from tokentape.errors import EngineAborted, EngineUnavailable, InternalError
 from tokentape.types import RoutedExperts, Sampling, Support, TokenRun, VersionSpan
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ UNNAMED = "default"
 """The name of weights that nobody has named: SGLang's own, and the embedded engine's."""
 _GRACE_S = 2.0
 """How long a pause waits for an interrupted engine before it leaves generations without a token."""
+_LOOK_S = 0.1
+_PATIENCE_S = 30.0  # until it is known again what the engine samples with
 _STALL_S = 0.05  # the first wait of a generation that is aborted again and again; doubled each time
 
 
@@ -33,6 +35,9 @@ class ResumingEngine:
 
     `stop_ids` end a turn: an engine that aborts with one of them sampled was done. `on_resume` is called for
     each resumption. `version`, where set, names the weights that the engine itself has no name for.
+
+    `is_current` says whether `version` and the pause are up to date: what may have missed a change of them
+    begins no generation.
     """
 
     def __init__(
@@ -46,8 +51,10 @@ class ResumingEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._waiting: set[_Waiting] = set()
+        self._num_doubts = 0
         self.num_running = 0
         self.version: str | None = None
+        self.is_current: Callable[[], bool] = lambda: True
 
     @property
     def paused(self) -> bool:
@@ -75,19 +82,27 @@ class ResumingEngine:
         """Let all generations go on."""
         self._open.set()
 
+    def doubt(self) -> None:
+        """The weights may have changed under what runs now, and nobody can say at which token."""
+        self._num_doubts += 1
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
         """Yield the sampled tokens, then one `GenerateResult`, as if nothing had happened in between.
 
         Raises:
             EngineAborted: it was aborted and cannot go on exactly: the engine had more of a state than the
                 ids (a constraint, a penalty, a stop string) and a reader has had tokens of it; or it is
-                aborted again and again.
+                aborted again and again; or the weights that nobody named may have changed under it.
+            EngineUnavailable: it is not known, for half a minute, whether there is a pause.
         """
         done = _Done(request, self._stop_ids)
         whole = not _resumable(request.sampling)
         stalls = 0
         while done.result is None:
-            await self._open.wait()
+            await self._until_current()
+            while self.paused:
+                await self._open.wait()
+                await self._until_current()
             async with contextlib.aclosing(self._run(done.next_request())) as parts:
                 async for part in parts:
                     if isinstance(part, TokenChunk):
@@ -117,15 +132,39 @@ class ResumingEngine:
         if stalls:
             await asyncio.sleep(_STALL_S * 2**stalls)
 
+    async def _until_current(self, num_doubts: int | None = None) -> None:
+        """Wait until nothing can have been missed, or until there are more doubts than so many."""
+        until = asyncio.get_running_loop().time() + _PATIENCE_S
+        while not self.is_current() and num_doubts in (None, self._num_doubts):
+            if asyncio.get_running_loop().time() > until:
+                raise EngineUnavailable(
+                    "this gateway may have missed a pause, or new weights: it waits to learn"
+                )
+            await asyncio.sleep(_LOOK_S)
+
+    async def _check_known(self, part: GenerateResult, num_doubts: int) -> None:
+        """Raise `EngineAborted` where nobody can say what has sampled it."""
+        if all(span.version != UNNAMED for span in part.versions):
+            return
+        await self._until_current(num_doubts)
+        if self._num_doubts != num_doubts:
+            raise EngineAborted(
+                "the weights may have changed while this gateway was cut off from the others, and the engine "
+                "has no name for them: send the request again",
+                num_tokens=len(part.completion_ids),
+            )
+
     async def _run(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk | GenerateResult]:
         """One call of the engine, its weights named."""
-        version = self.version
+        version, num_doubts = self.version, self._num_doubts
         self.num_running += 1
         self._idle.clear()
         try:
             async with contextlib.aclosing(self._engine.generate(request)) as parts:
                 part = await self._first(parts) or _NOTHING
                 while part is not None:
+                    if isinstance(part, GenerateResult):
+                        await self._check_known(part, num_doubts)
                     if isinstance(part, GenerateResult) and version is not None:
                         yield dataclasses.replace(part, versions=_named(part.versions, version))
                     else:

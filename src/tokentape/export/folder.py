@@ -7,12 +7,12 @@ appears when its upload is complete, and a writer that another one has replaced 
 import contextlib
 import fcntl
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 import pyarrow as pa
@@ -22,6 +22,7 @@ from tokentape.errors import ConfigError
 
 _WRITER = "_writer"
 _PARTIAL = ".partial"
+_KEYLESS = ("hdfs", "viewfs")  # HOST:PORT/PATH: what is before an @ in the path is no secret
 _UPLOAD_BYTES = 32 << 20  # of an upload, so many are in memory at a time
 
 
@@ -211,15 +212,28 @@ def _resolved(uri: str, name: str) -> tuple[pfs.FileSystem, str]:
         return pfs.FileSystem.from_uri(uri)
     except (OSError, ValueError, NotImplementedError) as error:
         said = " ".join(str(error).replace(uri, name).split())
-        raise ConfigError(f"{name} names no folder: {said}") from error
+        raise ConfigError(f"{name} names no folder: {said}") from None  # it has the keys
 
 
 def _without_secrets(uri: str) -> str:
-    """A URI without the keys that it may hold."""
-    if "://" not in uri:
+    """A URI without the keys that it may hold.
+
+    Raises:
+        ConfigError: it is not clear where they end. Arrow takes a piece of them for the host, and says so.
+    """
+    scheme, found, rest = uri.partition("://")
+    if not found:
         return uri
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    behind = rest.removeprefix(authority)
+    _, at, place = authority.rpartition("@")
+    ends = "@" not in behind and (at or place.rpartition(":")[2].isdigit())  # KEY:SECRET@BUCKET, HOST:PORT
+    if ":" in authority and not ends and scheme not in _KEYLESS:
+        raise ConfigError(
+            f"{scheme}://… names no folder: it is not clear where its keys end; it is "
+            f"{scheme}://KEY:SECRET@BUCKET/PATH, with / as %2F, @ as %40, ? as %3F, # as %23 inside each"
+        )
+    return f"{scheme}://{place}{re.split('[?#]', behind, maxsplit=1)[0]}"
 
 
 def _settle(path: Path) -> None:

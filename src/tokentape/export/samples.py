@@ -80,7 +80,7 @@ async def stored_samples(
         for session_id in ids:
             if session_id in without:
                 continue
-            stored = await store.load(session_id)
+            stored = await store.read(session_id)
             if stored is None and not session_ids:
                 continue  # a gateway beside us has deleted it
             if stored is None:

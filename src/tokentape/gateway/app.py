@@ -219,7 +219,7 @@ class _Routes:
 
     async def show(self, request: web.Request) -> web.Response:
         session = await self._sessions.get(request.match_info["session_id"])
-        return _json(self._gateway.summary(session))
+        return _json(await self._gateway.summary(session))
 
     async def samples(self, request: web.Request) -> web.Response:
         session = await self._sessions.get(request.match_info["session_id"])
@@ -235,13 +235,13 @@ class _Routes:
         credit = control.read_body(await request.read(), Credit)
         session = await self._sessions.get(request.match_info["session_id"])
         await self._sessions.finish(session, credit)
-        return _json(self._gateway.summary(session))
+        return _json(await self._gateway.summary(session))
 
     async def reward(self, request: web.Request) -> web.Response:
         credit = control.read_body(await request.read(), Credit)
         session = await self._sessions.get(request.match_info["session_id"])
         await self._sessions.credit(session, credit)
-        return _json(self._gateway.summary(session))
+        return _json(await self._gateway.summary(session))
 
     async def delete(self, request: web.Request) -> web.Response:
         session_id = request.match_info["session_id"]
@@ -250,8 +250,9 @@ class _Routes:
 
     async def healthz(self, request: web.Request) -> web.Response:
         del request
-        paused = self._gateway.engine.paused
-        return _json({"status": "ok", "version": __version__, "paused": paused})
+        engine = self._gateway.engine
+        body = {"status": "ok", "version": __version__, "paused": engine.paused}
+        return _json({**body, "current": engine.is_current()})
 
     async def readyz(self, request: web.Request) -> web.Response:
         del request
@@ -309,7 +310,8 @@ class _Routes:
         """The handler of a route inside a session."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
-            session, body = await self._session(request), await request.read()
+            body = await request.read()  # first: a session that nobody uses yet may move meanwhile
+            session = await self._session(request)
             if not isinstance(route.answer, Wire):
                 query = {name: ",".join(request.query.getall(name)) for name in request.query}
                 asked = Asked(self._gateway, session, body, request.headers, request.match_info, query)

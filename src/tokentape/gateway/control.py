@@ -12,6 +12,7 @@ from tokentape.types import Json
 
 _T = TypeVar("_T")
 _Limit = Annotated[int, Meta(ge=1, le=2**53)] | None
+_Name = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]  # PostgreSQL takes no NUL
 
 
 class Create(msgspec.Struct, forbid_unknown_fields=True):
@@ -27,13 +28,13 @@ class Create(msgspec.Struct, forbid_unknown_fields=True):
     max_turns: _Limit = None
     max_tokens: _Limit = None
     deadline_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None
-    group_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    group_id: _Name | None = None
 
 
 class Announce(msgspec.Struct, forbid_unknown_fields=True):
     """The body of `POST /weights`."""
 
-    version: Annotated[str, Meta(min_length=1, max_length=256)]
+    version: _Name
 
 
 def read_body(body: bytes, type_: type[_T]) -> _T:

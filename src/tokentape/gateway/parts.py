@@ -101,10 +101,10 @@ class Gateway:
     metrics: Metrics
     wires: WireLog
 
-    def summary(self, session: Session) -> Json:
+    async def summary(self, session: Session) -> Json:
         """What `GET /sessions/{id}` answers."""
         summary = session.summary()
-        return {**summary, "oldest_version": self.weights.oldest(summary["weight_versions"])}
+        return {**summary, "oldest_version": await self.weights.oldest(summary["weight_versions"])}
 
 
 @contextlib.asynccontextmanager

@@ -21,7 +21,7 @@ from aiohttp import web
 from tokentape.engines.server import running
 from tokentape.errors import ConfigError
 from tokentape.gateway.app import make_app, session_named
-from tokentape.gateway.catchup import catch_up
+from tokentape.gateway.catchup import catch_up, orders
 from tokentape.gateway.parts import parts
 from tokentape.gateway.pinned import Place, pinning
 from tokentape.gateway.service import ServiceConfig
@@ -49,8 +49,9 @@ async def one_of_many(
     Raises:
         ConfigError: as `service.running`.
     """
-    loop, gone = asyncio.get_running_loop(), asyncio.Event()
+    loop, gone, current = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     async with parts(config) as gateway:
+        gateway.engine.is_current, before = current.is_set, orders(gateway)
         gateway.sessions.new_id = place.new_session_id
         async with (
             pinning(place, lambda request: session_named(request, config.http.api_key)) as (pinned, others),
@@ -73,7 +74,8 @@ async def one_of_many(
 
             channel.setblocking(False)
             loop.add_reader(channel, take)
-            await catch_up(gateway, others)
+            await catch_up(gateway, others, before)
+            current.set()
             channel.send(b"ready")
             yield gone
             loop.remove_reader(channel)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import cast
 
@@ -17,7 +17,7 @@ import aiohttp
 from aiohttp import web
 
 from tokentape.errors import EngineUnavailable, SessionElsewhere, StoreError, TokentapeError
-from tokentape.gateway.catchup import catch_up
+from tokentape.gateway.catchup import catch_up, orders
 from tokentape.gateway.parts import Gateway
 from tokentape.gateway.passing import (
     ASKS_OTHERS,
@@ -26,6 +26,7 @@ from tokentape.gateway.passing import (
     Handler,
     Peer,
     asked_for,
+    connector,
     done_by_all,
     pass_on,
 )
@@ -37,7 +38,9 @@ log = logging.getLogger(__name__)
 _ASK_OTHERS = {*PASSED_ON, *ASKS_OTHERS}
 _PATIENCE_S = 30.0  # for a store that is being restarted
 _RETRY_S = 0.2
-_LEAVE_S = 0.1
+_LOOK_S = 0.1
+_LEAVING = "#leaving"
+"""Stands behind the URL of a replica that is leaving: it gets no session, but is told what all are told."""
 
 
 def places(session_id: str, urls: Sequence[str]) -> list[str]:
@@ -47,6 +50,10 @@ def places(session_id: str, urls: Sequence[str]) -> list[str]:
         return blake2b(f"{session_id} {url}".encode(errors="surrogateescape"), digest_size=8).digest()
 
     return sorted(urls, key=weight)
+
+
+def _elsewhere(session_ids: Iterable[str], urls: Sequence[str], own: str) -> set[str]:
+    return {one for one in session_ids if next(iter(places(one, urls)), own) != own}
 
 
 class Replicas:
@@ -65,26 +72,61 @@ class Replicas:
         self._named = named
         self._url = ""
         self._urls: list[str] = []
+        self._leaving_urls: list[str] = []
         self._leaving = False
+        self._looked_at: list[str] = []
+        self._at_home: set[str] = set()  # sessions whose place among these is here
+        self._knows = asyncio.Event()
+        self._seen_lapses = -1  # of the lease: what the others were told before them is known here
         gateway.sessions.new_id = self._new_id
+        gateway.engine.is_current = self._is_current
 
     async def arrive(self, url: str) -> None:
-        """Say that this replica is there, reached at `url`."""
-        self._url = url
+        """Say that this replica is there, reached at `url`; return when it knows what the others know."""
         await self._store.advertise(url)
-        await self._look()
-        await catch_up(self._gateway, self._others())
+        self._url = url
+        await self._knows.wait()
 
-    async def leave(self, within_s: float) -> None:
-        """Give every session to the others as soon as nobody is using it."""
+    async def stay_current(self) -> None:
+        """Learn what the others were told while this replica was not there for them; for ever."""
+        before = orders(self._gateway)
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if not (self._url and self._store.is_leased) or self._is_current():
+                before = orders(self._gateway)
+                continue
+            try:
+                lapses = self._store.num_lapses
+                await self._look()
+                await catch_up(self._gateway, self._others(), before)
+                self._seen_lapses = lapses
+                self._knows.set()
+            except TokentapeError as error:
+                log.warning("replicas: %s", error)
+
+    def _is_current(self) -> bool:
+        """Whether this replica has been told all that the others were: they have always seen it."""
+        return self._store.is_leased and self._seen_lapses == self._store.num_lapses
+
+    async def leave(self, until: float) -> None:
+        """Give every session to the others as soon as nobody is using it; `until` is in the loop's time."""
         self._leaving = True
-        with contextlib.suppress(StoreError):  # its lease runs out by itself
-            await self._store.advertise(None)
-            until = time.monotonic() + within_s
-            while (ids := self._sessions.open_ids()) and time.monotonic() < until:
-                for session_id in ids:
-                    await self._sessions.release(session_id)
-                await asyncio.sleep(_LEAVE_S)
+        if not self._url:  # it never came
+            return
+        with contextlib.suppress(StoreError, TimeoutError):  # its lease runs out by itself
+            async with asyncio.timeout_at(until):
+                await self._store.advertise(f"{self._url}{_LEAVING}")
+                await self._look()
+                held: set[str] | None = None
+                while held is None or held:
+                    for session_id in self._sessions.open_ids():
+                        await self._sessions.release(session_id)
+                    busy = set(self._sessions.open_ids())
+                    if busy != held:  # finished ones, and those that left memory, are given back here
+                        await self._store.release_all(busy)
+                    held = busy
+                    await asyncio.sleep(_LOOK_S if busy else 0.0)
+                await self._store.advertise(None)
 
     async def watch(self) -> None:
         """See who comes and goes, and give the sessions back that belong to others now; for ever."""
@@ -93,11 +135,21 @@ class Replicas:
             try:
                 await self._look()
                 if not self._leaving:
-                    for session_id in self._sessions.open_ids():
-                        if self._place(session_id) != self._url:
-                            await self._sessions.release(session_id)
+                    for session_id in await self._foreign():
+                        await self._sessions.release(session_id)
             except TokentapeError as error:
                 log.warning("replicas: %s", error)
+
+    async def _foreign(self) -> list[str]:
+        """The open sessions here whose place is another; those that were at home are not looked at again."""
+        if self._urls != self._looked_at:
+            self._looked_at, self._at_home = self._urls, set()
+        ids, urls = set(self._sessions.open_ids()), self._urls
+        self._at_home &= ids
+        unknown = ids - self._at_home
+        foreign = await asyncio.to_thread(_elsewhere, unknown, urls, self._url)  # many, where one has come
+        self._at_home |= unknown - foreign
+        return sorted(foreign)
 
     @web.middleware
     async def answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -106,8 +158,7 @@ class Replicas:
         if is_passed_on and (request.method, request.path) in FOR_ALL:
             return await handler(request)
         if (request.method, request.path) in FOR_ALL:
-            await self._look()
-            return await done_by_all(request, handler, self._others(), PASSED_ON)
+            return await self._by_all(request, handler)
         session_id = await asked_for(request) if request.path == "/sessions" else self._named(request)
         if session_id is None and request.path != "/readyz":
             return await handler(request)
@@ -116,6 +167,18 @@ class Replicas:
         if is_passed_on or session_id is None:
             return await handler(request)
         return await self._by_its_holder(request, handler, session_id)
+
+    async def _by_all(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Look again when it is done: who came meanwhile, and asked before it was done, is told now."""
+        await self._look()
+        told = self._others()
+        answer = await done_by_all(request, handler, told, PASSED_ON)
+
+        async def done(_: web.Request) -> web.StreamResponse:
+            return answer
+
+        await self._look()
+        return await done_by_all(request, done, [one for one in self._others() if one not in told], PASSED_ON)
 
     async def _wait_for_a_lease(self, within_s: float) -> None:
         """Wait for the store to come back; who can ask others is told so at once."""
@@ -141,7 +204,7 @@ class Replicas:
                 if (is_here and is_gone) or time.monotonic() > until:  # the engine's own, or too late
                     raise
                 url = error.url if isinstance(error, SessionElsewhere) else None
-                if url not in (None, at):
+                if url is not None and url != at and not url.endswith(_LEAVING):
                     at = url
                     continue
                 await asyncio.sleep(_RETRY_S)  # nobody reaches it: its lease must run out first
@@ -149,13 +212,16 @@ class Replicas:
                 at = self._url if is_here or is_gone else self._place(session_id)
 
     async def _look(self) -> None:
-        self._urls = [replica.url for replica in await self._store.replicas()]
+        urls = [replica.url for replica in await self._store.replicas()]
+        self._urls = [url for url in urls if not url.endswith(_LEAVING)]
+        self._leaving_urls = [url.removesuffix(_LEAVING) for url in urls if url.endswith(_LEAVING)]
 
     def _place(self, session_id: str) -> str:
         return next(iter(places(session_id, self._urls)), self._url)
 
     def _others(self) -> list[Peer]:
-        return [self._peer(url) for url in self._urls if url != self._url]
+        """Who is told what all are told."""
+        return [self._peer(url) for url in (*self._urls, *self._leaving_urls) if url != self._url]
 
     def _peer(self, url: str) -> Peer:
         return Peer(self._client, url)
@@ -172,11 +238,12 @@ async def replicated(
     gateway: Gateway, named: Callable[[web.Request], str | None]
 ) -> AsyncGenerator[Replicas]:
     """This replica while the context is open; it is there when it `arrive`s."""
-    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None, sock_connect=3.0)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as client:
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=3.0)
+    async with aiohttp.ClientSession(connector=connector(), timeout=timeout, auto_decompress=False) as client:
         replicas = Replicas(gateway, client, named)
-        watching = asyncio.ensure_future(replicas.watch())
+        tasks = [asyncio.ensure_future(replicas.watch()), asyncio.ensure_future(replicas.stay_current())]
         try:
             yield replicas
         finally:
-            watching.cancel()
+            for task in tasks:
+                task.cancel()

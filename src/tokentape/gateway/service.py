@@ -68,15 +68,11 @@ def tune() -> None:
 
 @contextlib.asynccontextmanager
 async def _replica(config: ServiceConfig, gateway: Gateway) -> AsyncGenerator[str]:
-    async with (
-        replicated(gateway, lambda request: session_named(request, config.http.api_key)) as replicas,
-        serve(make_app(gateway, replicas.answered), config.host, config.port, drain_s=config.drain_s) as url,
-    ):
-        await replicas.arrive(config.advertise or url)
-        try:
+    async with replicated(gateway, lambda request: session_named(request, config.http.api_key)) as replicas:
+        app, leave = make_app(gateway, replicas.answered), replicas.leave
+        async with serve(app, config.host, config.port, drain_s=config.drain_s, leave=leave) as url:
+            await replicas.arrive(config.advertise or url)
             yield url
-        finally:
-            await replicas.leave(config.drain_s)
 
 
 def _is_everywhere(host: str) -> bool:

@@ -388,7 +388,13 @@ class Sessions:
             raise
 
     async def list_sessions(self, *, state: str | None, after: str, limit: int) -> Sequence[SessionRecord]:
-        """Records of sessions, by id."""
+        """Records of sessions, by id.
+
+        Raises:
+            RequestError: `after` has a NUL, which PostgreSQL cannot compare with.
+        """
+        if "\0" in after:
+            raise RequestError("`after` must not have a NUL character", param="after")
         return await self._store.list_sessions(state=state, after=after, limit=limit)
 
     async def release(self, session_id: str) -> None:

@@ -1,7 +1,7 @@
 """Weights that change under a gateway: their names, their order, the pause in which they are exchanged."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from tokentape.engines.base import EngineInfo
 from tokentape.engines.resume import UNNAMED, ResumingEngine
@@ -24,13 +24,21 @@ class Weights:
         self._engine = engine
         self._store = store
         self._versions: dict[str, None] = {}
+        self.num_pauses = 0  # and resumes: how often somebody has said so
 
     async def load(self) -> None:
-        """Read what the store knows; a name that a caller gave last still holds."""
+        """Read what the store knows; a name that a caller gave last still holds.
+
+        Others on the store may have put versions, and their order is the store's.
+        """
         known = await self._store.versions()
+        if len(known) < len(self._versions):  # another read was faster
+            return
+        news = known[-1] if known and known[-1][0] not in self._versions else None
         self._versions = {version: None for version, _ in known}
-        if known and known[-1][1] == "caller":
-            self._engine.version = known[-1][0]
+        if news is not None and news[1] == "caller":
+            self._engine.version = news[0]
+            self._engine.doubt()
 
     async def saw(self, versions: Iterable[str], said_by: str = "engine") -> None:
         """Remember versions in the order of their coming.
@@ -41,10 +49,16 @@ class Weights:
         for version in versions:
             if version not in self._versions:
                 await self._store.put_version(version, said_by)
-                self._versions[version] = None
+                await self.load()
 
-    def oldest(self, versions: Iterable[str]) -> str | None:
-        """The oldest of these versions, None of none."""
+    async def oldest(self, versions: Collection[str]) -> str | None:
+        """The oldest of these versions, None of none.
+
+        Raises:
+            StoreError: one is another gateway's, and its place cannot be read.
+        """
+        if not self._versions.keys() >= set(versions):
+            await self.load()
         order = version_order(list(self._versions))
         return min(versions, key=lambda version: order.get(version, len(order)), default=None)
 
@@ -86,12 +100,14 @@ class Weights:
         Raises:
             EngineError: the engine does not answer; the gateway is paused all the same.
         """
+        self.num_pauses += 1
         num_running = self._engine.num_running
         await self._engine.pause()
         return {"paused": self._engine.paused, "interrupted": num_running}
 
     def resume(self) -> Json:
         """Let everything go on."""
+        self.num_pauses += 1
         self._engine.resume()
         return {"paused": self._engine.paused}
 

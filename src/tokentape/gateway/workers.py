@@ -26,7 +26,8 @@ class WorkerGone(msgspec.Struct, forbid_unknown_fields=True):
 async def list_workers(pool: EnginePool | None) -> Json:
     """`GET /workers`: each worker as the pool and as it itself sees it.
 
-    `servers` are those behind a router, and the name of the weights at each.
+    `servers` are those behind a router, and the name of the weights at each. `changes` has what was added
+    (true) and removed (false) since the start.
 
     Raises:
         NotFound: the engine is not a pool of servers.
@@ -49,7 +50,8 @@ async def list_workers(pool: EnginePool | None) -> Json:
                 "last_error": worker.last_error,
             }
             for worker, info in zip(workers, infos, strict=True)
-        ]
+        ],
+        "changes": pool.changes,
     }
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, SupportsFloat, TypeVar
 
 from tokentape.errors import (
@@ -40,10 +41,10 @@ async def perform(control: Control, settings: Settings, attempt: Attempt) -> Fin
     started = time.monotonic()
     try:
         result = await _played(control, settings, attempt)
-        await unbroken(_finish(control, attempt, result))
+        await unbroken(_finish(control, attempt, result), give_up_s=_GIVE_UP_S)
         return await collect(control, attempt.session_id, result.reward)
     except EpisodeFailed as error:
-        await unbroken(control.delete(attempt.session_id))
+        await unbroken(control.delete(attempt.session_id), give_up_s=_GIVE_UP_S)
         log.info("episode %s failed: %s", attempt.session_id, error, exc_info=error.__cause__)
         elapsed_s = time.monotonic() - started
         await control.ready()  # an attempt that an outage has spoiled is not held against the episode
@@ -113,10 +114,7 @@ async def _played(control: Control, settings: Settings, attempt: Attempt) -> Res
 
 async def _within(settings: Settings, episode: Episode) -> object:
     """What the agent returns, before its deadline."""
-    work = settings.work
-    running: asyncio.Future[Any] = asyncio.ensure_future(
-        work(episode.task, episode) if callable(work) else run_command(work, episode)
-    )
+    running = asyncio.ensure_future(_work(settings, episode))
     try:
         return await _before(running, settings.deadline_s)
     except EpisodeFailed:
@@ -129,6 +127,11 @@ async def _within(settings: Settings, episode: Episode) -> object:
         raise EpisodeFailed(f"{type(error).__name__}: {error}") from error
     finally:
         await _stop(running, episode)
+
+
+async def _work(settings: Settings, episode: Episode) -> object:
+    work = settings.work
+    return await (work(episode.task, episode) if callable(work) else run_command(work, episode))
 
 
 async def _before(running: "asyncio.Future[Any]", deadline_s: float) -> object:
@@ -149,29 +152,49 @@ async def _stop(running: "asyncio.Future[Any]", episode: Episode) -> None:
 
 
 def _checked(returned: object) -> Result:
-    """A result that the gateway can take.
+    """A result that the gateway can take, its rewards as floats.
 
     Raises:
         EpisodeResultWrong: it is none.
     """
-    result = returned if isinstance(returned, Result) else None
-    if result is None:
-        if not isinstance(returned, SupportsFloat):
-            shown = repr(returned)[:100]
-            raise EpisodeResultWrong(f"an episode returns its reward, or a Result; this one returned {shown}")
-        result = Result(float(returned))
-    rewards = [result.reward, *result.turn_rewards.values(), *result.branch_rewards.values()]
-    if any(reward is not None and not math.isfinite(reward) for reward in rewards):
-        raise EpisodeResultWrong("a reward is not a finite number")
+    try:
+        return _read(returned)
+    except EpisodeResultWrong:
+        raise
+    except Exception as error:  # it may be anything, with code of its own: a tensor's `__float__`
+        raise EpisodeResultWrong(f"the result cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read(returned: object) -> Result:
+    if not isinstance(returned, Result | SupportsFloat):
+        shown = repr(returned)[:100]
+        raise EpisodeResultWrong(f"an episode returns its reward, or a Result; this one returned {shown}")
+    result = returned if isinstance(returned, Result) else Result(float(returned))
     if "rollout" in result.metadata:
         raise EpisodeResultWrong("the metadata key `rollout` says which episode it is: it is not the agent's")
-    return result
+    return replace(
+        result,
+        reward=_number(result.reward),
+        turn_rewards={turn_id: _number(reward) for turn_id, reward in result.turn_rewards.items()},
+        branch_rewards={turn_id: _number(reward) for turn_id, reward in result.branch_rewards.items()},
+    )
+
+
+def _number(reward: Any) -> Any:
+    """A reward as JSON has it: NumPy's and a tensor's are none of its numbers. None stays None."""
+    if reward is None:
+        return None
+    if not isinstance(reward, SupportsFloat):
+        raise EpisodeResultWrong(f"a reward is a number, not {reward!r:.100}")
+    if not math.isfinite(number := float(reward)):
+        raise EpisodeResultWrong("a reward is not a finite number")
+    return number
 
 
 async def _finish(control: Control, attempt: Attempt, result: Result) -> None:
     try:
         await control.finish(attempt.session_id, result)
-    except TypeError as error:  # metadata that no JSON can hold
+    except (TypeError, ValueError, RecursionError) as error:  # metadata that no JSON can hold
         raise EpisodeResultWrong(f"the result cannot be sent: {error}") from error
     except GatewayRefused as error:
         if error.code in (400, 409):  # rewards of turns that are not there; finished by the agent itself
@@ -179,16 +202,25 @@ async def _finish(control: Control, attempt: Attempt, result: Result) -> None:
         raise
 
 
-async def unbroken(work: Coroutine[Any, Any, T]) -> T:
-    """Await work that must not stop half-way: a caller cancelled meanwhile is so only after its end."""
+async def unbroken(work: Coroutine[Any, Any, T], *, give_up_s: float | None = None) -> T:
+    """Await work that must not stop half-way: a caller cancelled meanwhile is so only after its end.
+
+    With `give_up_s`, it is so after that many seconds at the latest, and what has become of the work is not
+    known: a gateway that is away must not hold up who leaves.
+    """
     task = asyncio.ensure_future(work)
     cancelled = False
     while not task.done():
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
+            if not cancelled and give_up_s is not None:
+                asyncio.get_running_loop().call_later(give_up_s, task.cancel)
             cancelled = True
-    if cancelled:
+    if not cancelled:
+        return task.result()
+    if task.cancelled():
+        log.warning("stopped while the gateway is away: a session may stay open")
+    else:
         task.exception()  # somebody has looked at it
-        raise asyncio.CancelledError
-    return task.result()
+    raise asyncio.CancelledError

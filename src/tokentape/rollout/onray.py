@@ -104,9 +104,10 @@ class RayRunner:
         over, _ = await asyncio.to_thread(self._ray.wait, [said], timeout=_CANCEL_S)
         if not over:
             self._ray.cancel(said, force=True)
-        with contextlib.suppress(GatewayError):  # it stays open; whoever resumes the run deletes it
-            if await self._control.finished(attempt.session_id) is None:
-                await self._control.delete(attempt.session_id, within_s=_CANCEL_S)
+        with contextlib.suppress(GatewayError, TimeoutError):  # it stays open; whoever resumes deletes it
+            async with asyncio.timeout(_CANCEL_S):
+                if await self._control.finished(attempt.session_id) is None:
+                    await self._control.delete(attempt.session_id)
 
 
 def _ray() -> Any:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tokentape.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleConfig:
@@ -10,6 +12,9 @@ class ScaleConfig:
     `replicas` to begin with. There are `min_replicas` to `max_replicas` of them, so many that each answers
     about `turns_per_replica` requests at a time; where the two are equal, nothing changes by itself. Each
     asks Ray for `num_cpus`. `address` is Ray's, None: the one that is there, or a new one on this machine.
+
+    Raises:
+        ConfigError: `replicas` is not from `min_replicas`, which is 1 or more, to `max_replicas`.
     """
 
     replicas: int = 2
@@ -20,6 +25,17 @@ class ScaleConfig:
     address: str | None = None
     look_s: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.least < 1:
+            raise ConfigError(f"{self.least} replicas answer nobody: there is at least one")
+        if self.replicas < self.least:
+            raise ConfigError(f"replicas is {self.replicas}: raise it, or lower min_replicas, {self.least}")
+        if self.replicas > self.most:
+            raise ConfigError(
+                f"{self.replicas} replicas to begin with are more than there may be: raise --max-replicas "
+                f"(max_replicas) from {self.most}, or give fewer --replicas (replicas)"
+            )
+
     @property
     def least(self) -> int:
         """The fewest replicas there may be."""
@@ -28,4 +44,4 @@ class ScaleConfig:
     @property
     def most(self) -> int:
         """The most replicas there may be."""
-        return max(self.replicas if self.max_replicas is None else self.max_replicas, self.least)
+        return self.replicas if self.max_replicas is None else self.max_replicas

@@ -13,7 +13,7 @@ from aiohttp import web
 from tokentape.engines.server import serve
 from tokentape.errors import EngineUnavailable, SessionElsewhere, TokentapeError, TooLarge
 from tokentape.gateway.agents import Refusal, spoken
-from tokentape.gateway.passing import ASKS_OTHERS, Peer, asked_for, metrics_of_all, pass_on
+from tokentape.gateway.passing import ASKS_OTHERS, Peer, asked_for, connector, metrics_of_all, pass_on
 from tokentape.gateway.replicas import places
 
 _SESSION = re.compile(r"\A/sessions/([^/]+)")
@@ -30,9 +30,7 @@ async def front(
     It knows nothing but the replicas' places. One that is gone costs the request another try.
     """
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=3.0)
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=timeout, auto_decompress=False
-    ) as client:
+    async with aiohttp.ClientSession(connector=connector(), timeout=timeout, auto_decompress=False) as client:
         app = web.Application(client_max_size=max_body_bytes, middlewares=[_errors])
         app.router.add_route("*", "/{path:.*}", _Front(urls, client).answer)
         async with serve(app, host, port, drain_s=drain_s) as url:

@@ -211,8 +211,6 @@ async def clustered(service: ServiceConfig, scale: ScaleConfig) -> AsyncGenerato
         raise ConfigError("replicas share a store: give --store postgresql://…")
     if service.advertise is not None:
         raise ConfigError("--advertise is one gateway's: on Ray each says where it is by itself")
-    if not 1 <= scale.least <= scale.replicas <= scale.most:
-        raise ConfigError(f"{scale.replicas} replicas are not from {scale.least} to {scale.most}")
     await asyncio.to_thread(_connect, scale.address)
     _take_signals_back()
     store: Any = await asyncio.to_thread(open_store, service.store)

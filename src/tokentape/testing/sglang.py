@@ -129,8 +129,6 @@ class FakeSGLang:
         if self._site is not None:
             site, self._site = self._site, None
             await site.stop()
-            for _ in range(3):  # a connection that was just accepted is not the server's yet
-                await asyncio.sleep(0)
         server = self._runner.server if self._runner is not None else None
         for connection in server.connections if server is not None else ():
             if isinstance(connection.transport, asyncio.Transport):

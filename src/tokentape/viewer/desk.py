@@ -1,11 +1,14 @@
 """Answers the page's questions about sessions; knows no HTTP."""
 
 import asyncio
+import time
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+
+import msgspec
 
 from tokentape.errors import NotFound, RequestError
 from tokentape.tokenizer import Tokenizer
@@ -17,10 +20,26 @@ from tokentape.viewer.scores import Scorer, recomputed
 from tokentape.viewer.source import Source
 from tokentape.viewer.strip import MAX_HITS, find_id, find_text, first_difference, lines, piece
 
-T = TypeVar("T")
 WireOf = Callable[[str], Json | None]
 MAX_PIECE = 8192
+MAX_METADATA = 2000  # bytes of JSON in a row; a page asks for 500 rows again and again
+_FINAL_S = 5.0  # a finished session can only be deleted: what was asked a moment ago is not asked again
 _KEPT = 4  # episodes; a page asks for one at a time
+
+
+@dataclass(slots=True)
+class _Known:
+    """An episode; its session was last seen to have this version at `asked_at`, in seconds."""
+
+    version: str
+    episode: Episode
+    asked_at: float
+
+    @property
+    def still_holds(self) -> bool:
+        """Whether nobody need be asked: to know a version, a whole session may have to be read."""
+        is_final = self.episode.summary["state"] in ("finished", "exported")
+        return is_final and time.monotonic() - self.asked_at < _FINAL_S
 
 
 class Desk:
@@ -42,7 +61,7 @@ class Desk:
         self._tokenizer = tokenizer
         self._scorer = scorer
         self._wire_of = wire_of
-        self._episodes: OrderedDict[tuple[str, str], Episode] = OrderedDict()
+        self._episodes: OrderedDict[str, _Known] = OrderedDict()
         self._lock = asyncio.Lock()
 
     def info(self) -> Json:
@@ -56,13 +75,24 @@ class Desk:
         }
 
     async def sessions(self, after: str, limit: int) -> Json:
-        """A page of the table."""
+        """A page of the table; where there is much metadata it is cut, and `metadata_cut` says so."""
         page = await self._source.page(after=after, limit=limit)
-        return {"sessions": page.sessions, "has_more": page.has_more}
+        rows = await asyncio.to_thread(lambda: [_listed(row) for row in page.sessions])
+        return {"sessions": rows, "has_more": page.has_more}
 
     async def version(self, session_id: str) -> str:
-        """The session's version, which changes with it."""
-        return await self._source.version(session_id)
+        """The session's version, which changes with it; what is known of another one is forgotten."""
+        try:
+            version = await self._source.version(session_id)
+        except NotFound:
+            self._episodes.pop(session_id, None)
+            raise
+        known = self._episodes.get(session_id)
+        if known is not None and known.version == version:
+            known.asked_at = time.monotonic()
+        else:
+            self._episodes.pop(session_id, None)
+        return version
 
     async def summary(self, session_id: str) -> Json:
         """A row of the table."""
@@ -139,14 +169,19 @@ class Desk:
         return episode, episode.branch(turn_id)
 
     async def _episode(self, session_id: str) -> Episode:
-        key = session_id, await self._source.version(session_id)
-        async with self._lock:
-            if key not in self._episodes:
-                self._episodes[key] = await self._source.episode(session_id)
-                while len(self._episodes) > _KEPT:
-                    self._episodes.popitem(last=False)
-            self._episodes.move_to_end(key)
-            return self._episodes[key]
+        known = self._episodes.get(session_id)
+        if known is None or not known.still_holds:
+            version = await self.version(session_id)
+            async with self._lock:
+                known = self._episodes.get(session_id)
+                if known is None or known.version != version:
+                    episode = await self._source.episode(session_id)
+                    known = self._episodes[session_id] = _Known(version, episode, time.monotonic())
+                    while len(self._episodes) > _KEPT:
+                        self._episodes.popitem(last=False)
+        if session_id in self._episodes:
+            self._episodes.move_to_end(session_id)
+        return known.episode
 
     def _head(self, episode: Episode, branch: Branch) -> Json:
         turns: list[Json] = []
@@ -159,21 +194,36 @@ class Desk:
         versions = [[span.version, span.start, span.end] for span in branch.versions]
         return {**branch.row, "turns": turns, "version_spans": versions}
 
-    def _placed(self, attempts: list[Json], ids: Any, start: int) -> list[Json]:
+    def _placed(self, attempts: list[Json], ids: "array[int]", start: int) -> list[Json]:
         """Attempts with the tokens that they touch; their own spans are characters."""
         if self._tokenizer is None or not attempts:
             return attempts
-        stream, ends, total = self._tokenizer.stream(), list[int](), 0
-        for token_id in ids:
-            total += len(stream.feed([token_id]) if self._glyphs.bytes_of(token_id) else "")
-            ends.append(total)
+        ends, text = self._glyphs.ends(ids)
+        spoken = self._tokenizer.decode([i for i in ids if self._glyphs.bytes_of(i)])
+        lost = len(text) - len(spoken) if text.endswith(spoken) else 0  # some drop a text's first space
         return [
             {
                 **attempt,
                 "tokens": [
-                    start + bisect_right(ends, attempt["start"]),
-                    start + min(bisect_left(ends, attempt["end"]) + 1, len(ids)),
+                    start + bisect_right(ends, attempt["start"] + lost),
+                    start + min(bisect_left(ends, attempt["end"] + lost) + 1, len(ids)),
                 ],
             }
             for attempt in attempts
         ]
+
+
+def _listed(row: Json) -> Json:
+    """A row of the table: its metadata whole, or no value of it longer than its share."""
+    metadata: Json = row["metadata"]
+    if len(msgspec.json.encode(metadata)) <= MAX_METADATA:
+        return row
+    left, share = MAX_METADATA, max(MAX_METADATA // len(metadata), 16)
+    short: Json = {}
+    for key, value in metadata.items():
+        if left <= 0:
+            break
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        short[key[:MAX_METADATA]] = value if len(text) <= share else f"{text[:share]}…"
+        left -= len(key) + min(len(text), share)
+    return {**row, "metadata": short, "metadata_cut": True}

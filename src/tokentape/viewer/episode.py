@@ -16,12 +16,21 @@ from tokentape.errors import NotFound
 from tokentape.export.row import Row, metadata_of, turns_of
 from tokentape.export.samples import chat_message
 from tokentape.store import SessionRecord
-from tokentape.tape import Label, Tape, Turn, lay_out
+from tokentape.tape import BranchReason, Label, Tape, Turn, lay_out
 from tokentape.tree import Tree
 from tokentape.types import Json, Sampling, VersionSpan
 
 NAN = float("nan")
 _PREVIEW = 120  # characters
+# Why a turn that has a parent may start a branch; every other reason is a turn's that has none.
+_OF_A_FORK = frozenset(
+    (
+        BranchReason.EDITED_HISTORY.value,
+        BranchReason.RESAMPLED.value,
+        BranchReason.CHOICE.value,
+        BranchReason.FORKED.value,
+    )
+)
 
 
 class TurnView(msgspec.Struct, frozen=True, kw_only=True):
@@ -246,12 +255,12 @@ def summary_of_rows(rows: Sequence[Row]) -> Json:
         "session_id": first["session_id"],
         "state": "exported",
         "created_at": None,
-        "reward": first["reward"],
+        "reward": _common_reward(rows),
         "group_id": first.get("group_id"),
         "metadata": metadata,
         "turns": len(parents),
         "branches": len(rows),
-        "reasons": dict(Counter(row["branch_reason"] for row in rows)),
+        "reasons": dict(Counter(_reasons(rows, parents).values())),
         "labels": dict(Counter(turn["label"] for turn in turns.values() if turn["label"] is not None)),
         "tokens": sum(given.values()) + sampled,
         "sampled": sampled,
@@ -263,22 +272,20 @@ def summary_of_rows(rows: Sequence[Row]) -> Json:
 def of_rows(rows: Sequence[Row]) -> Episode:
     """A session of which samples are known."""
     parents, turns = _parents(rows), dict[str, TurnView]()
+    reasons = _reasons(rows, parents)
     for row in rows:
         said = turns_of(row)
         sampling: list[Json] = [msgspec.to_builtins(one) for one in _samplings(row)]
         notes = metadata_of(row).get("tokentape", {})
-        new, end = True, 0
+        end = 0
         for index, turn in enumerate(row["turns"]):
             turn_id, begin, end = turn["turn_id"], end, turn["end"]
             if turn_id in turns and not turn["trained"]:  # seen, and better known there
                 continue
-            is_first = new and turn_id not in turns and row["branch_reason"] != "label_changed"
-            new = new and turn_id in turns
-            known = turns.get(turn_id)
             turns[turn_id] = TurnView(
                 turn_id=turn_id,
                 parent_id=parents[turn_id],
-                reason=row["branch_reason"] if is_first else known.reason if known else None,
+                reason=reasons.get(turn_id),
                 label=turn["label"] or "",  # an older file does not know
                 label_by=row["label_by"] or "",
                 num_given=turn["start"] - begin,
@@ -322,6 +329,48 @@ def _parents(rows: Sequence[Row]) -> dict[str, str | None]:
             parents.setdefault(turn["turn_id"], before)
             before = turn["turn_id"]
     return parents
+
+
+def _reasons(rows: Sequence[Row], parents: Mapping[str, str | None]) -> dict[str, str]:
+    """Why turns started branches, as far as samples tell: each says the reason of its last turn that has one.
+
+    Only turns without a parent and forks have one, and of the turns that go on from one the first has none.
+    Which that was is not in a file: where reasons do not tell, it is taken for the first that stands here.
+    """
+    following: dict[str, list[str]] = {}
+    for turn_id, parent_id in parents.items():
+        if parent_id is not None:
+            following.setdefault(parent_id, []).append(turn_id)
+    reasons: dict[str, str] = {}
+    without = {turns[0] for turns in following.values() if len(turns) == 1}
+    open_paths: list[tuple[str, list[str]]] = []
+    for row in rows:
+        path, reason = [turn["turn_id"] for turn in row["turns"]], row["branch_reason"]
+        if reason == BranchReason.LABEL_CHANGED:
+            labels = [turn["label"] for turn in row["turns"]]
+            without.update(path[labels.index(row["label"]) :])  # else the last one's reason were the sample's
+        elif reason in _OF_A_FORK:
+            open_paths.append((reason, path))
+        else:
+            reasons[path[0]] = reason
+            without.update(path[1:])
+    forks: set[str] = set()
+    for reason, path in open_paths:
+        possible = [turn_id for turn_id in path[1:] if turn_id not in without]
+        if len(possible) == 1 and (path[0] in reasons or reason == BranchReason.FORKED):
+            forks.update(possible)
+    for turns in following.values():
+        if without.isdisjoint(turns):
+            without.add(next((turn_id for turn_id in turns if turn_id not in forks), turns[0]))
+    for reason, path in open_paths:
+        reasons[next((turn_id for turn_id in reversed(path) if turn_id not in without), path[0])] = reason
+    return reasons
+
+
+def _common_reward(rows: Sequence[Row]) -> float | None:
+    """The session's own reward, where its samples do not show that branches have others."""
+    rewards = {row["reward"] for row in rows}
+    return rewards.pop() if len(rewards) == 1 else None
 
 
 def _samplings(row: Row) -> list[Sampling]:

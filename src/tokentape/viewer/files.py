@@ -36,6 +36,8 @@ class FileSource:
     def __init__(self, path: Path) -> None:
         self.name = path.name
         try:
+            said = path.stat()
+            self._version = f"{said.st_mtime_ns}-{said.st_size}"
             self._file = pq.ParquetFile(path)
             self._upgraded = upgrade(str(path), self._file.schema_arrow)
             self._names = [name for name in SAMPLES.names if name in self._file.schema_arrow.names]
@@ -62,9 +64,9 @@ class FileSource:
         return Page([self._summaries[session_id] for session_id in ids], start + limit < len(self._ids))
 
     async def version(self, session_id: str) -> str:
-        """Always the same."""
+        """Always the same; another file's, which the same page may be shown later, is another one."""
         await self.summary(session_id)
-        return "1"
+        return self._version
 
     async def summary(self, session_id: str) -> Json:
         """Counts of one session."""

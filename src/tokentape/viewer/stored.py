@@ -19,9 +19,9 @@ _KEPT = 4
 
 
 def version_of(record: SessionRecord, num_turns: int, num_failures: int) -> str:
-    """Another text for every change of a session."""
+    """Another text for every change of a session; a later session of the same id has another one, too."""
     credit = msgspec.json.encode((record.reward, record.turn_rewards, record.branch_rewards, record.metadata))
-    return f"{record.state}-{num_turns}-{num_failures}-{hash(credit):x}"
+    return f"{record.created_at!r}-{record.state}-{num_turns}-{num_failures}-{hash(credit):x}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class StoreSource:
     async def _load(self, session_id: str) -> StoredSession:
         read = self._read.get(session_id)
         if read is None or time.monotonic() - read.at > _FRESH_S:
-            stored = await self._store.load(session_id)
+            stored = await self._store.read(session_id)
             if stored is None:
                 raise NotFound(f"session {session_id!r} does not exist")
             read = _Read(time.monotonic(), stored)

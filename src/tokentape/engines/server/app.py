@@ -31,6 +31,7 @@ from tokentape.engines.server.requests import (
 )
 from tokentape.errors import ConfigError, RequestError, TokentapeError
 
+_ABORT_S = 0.1  # for requests whose time is over to see that they are aborted; 0 would be for ever
 MAX_BODY_BYTES = 1 << 28  # aiohttp's own limit of 1 MiB is less than one long prompt
 
 _FLUSHED = (
@@ -118,15 +119,25 @@ class ServedEngine(Protocol):
         ...
 
 
+async def _no_farewell(until: float) -> None:
+    del until
+
+
 @asynccontextmanager
 async def serve(
-    app: web.Application, host: str = "127.0.0.1", port: int = 0, *, drain_s: float = 10.0
+    app: web.Application,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    drain_s: float = 10.0,
+    leave: Callable[[float], Awaitable[None]] = _no_farewell,
 ) -> AsyncGenerator[str]:
     """Serve an app while the context is open; yields its URL, with the port that was bound when `port` is 0.
 
-    It ends as `running` does.
+    It ends as `running` does; what `leave` does comes first, within the same `drain_s`: it is given the
+    event loop's time at which they end, and connections are accepted until it returns.
     """
-    async with running(app, drain_s=drain_s) as runner:
+    async with running(app, drain_s=drain_s, leave=leave) as runner:
         site = web.TCPSite(runner, host, port)
         await site.start()
         bound = runner.addresses[0]
@@ -134,22 +145,34 @@ async def serve(
 
 
 @asynccontextmanager
-async def running(app: web.Application, *, drain_s: float) -> AsyncGenerator[web.AppRunner]:
+async def running(
+    app: web.Application, *, drain_s: float, leave: Callable[[float], Awaitable[None]] = _no_farewell
+) -> AsyncGenerator[web.AppRunner]:
     """Run an app while the context is open; where it listens is the caller's to say.
 
     On the way out no connection is accepted; requests under way have `drain_s` seconds before they are
-    aborted.
+    aborted. `leave` is as in `serve`.
     """
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=drain_s)
+    # aiohttp itself waits up to twice its timeout: it is left what is to be aborted.
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_ABORT_S)
     await runner.setup()
     try:
         yield runner
     finally:
-        for site in list(runner.sites):
-            await site.stop()
-        for _ in range(3):  # a connection that was just accepted is not the server's yet: it would stay open
-            await asyncio.sleep(0)
-        await runner.cleanup()
+        until = asyncio.get_running_loop().time() + drain_s
+        try:
+            await leave(until)
+        finally:
+            for site in list(runner.sites):
+                await site.stop()
+            for _ in range(3):  # a connection just accepted is not the server's yet: it would stay open
+                await asyncio.sleep(0)
+            if runner.server is not None:
+                runner.server.pre_shutdown()  # connections that nobody uses end at once
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        await runner.server.shutdown()
+            await runner.cleanup()
 
 
 def make_app(engine: ServedEngine, *, incremental_stream: bool = False) -> web.Application:

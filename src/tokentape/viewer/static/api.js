@@ -43,7 +43,7 @@ export const of = (session, ...rest) => ["sessions", session, "view", ...rest].m
 function askKey(wasWrong) {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("login");
-    const field = h("input", { type: "password", "aria-label": "API key", autocomplete: "off", required: true });
+    const field = h("input", { type: "password", "aria-label": "API key", autocomplete: "off", required: true, pattern: "[\\x20-\\x7e]+", title: "Letters without accents, digits and signs" }); // what a header can carry
     const form = h("form", { method: "dialog" }, field, h("button", {}, "Open"));
     dialog.replaceChildren(
       h("h2", { id: "login-title" }, "This gateway asks for its API key"),
@@ -55,7 +55,7 @@ function askKey(wasWrong) {
       asking = null;
       resolve();
     });
-    dialog.oncancel = (event) => event.preventDefault();
+    dialog.onclose = () => { if (asking) dialog.showModal(); }; // Esc closes it: without a key there is nothing to see
     if (!dialog.open) dialog.showModal();
   });
   return asking;

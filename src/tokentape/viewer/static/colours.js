@@ -39,8 +39,8 @@ export const MODES = {
   },
   drift: {
     title: "drift",
-    of: (token) => (token.drift ? "drifts" : token.kind === "prompt" || token.kind === "bridge" ? "none" : "same"),
+    of: (token, grid) => (token.drift ? "drifts" : token.at >= grid.checked || token.kind === "prompt" || token.kind === "bridge" ? "none" : "same"),
     word: (token) => (token.drift ? "drift" : WORDS[token.kind]),
-    legend: () => [["drifts", "abc", "re-encoding would split otherwise"], ["same", "abc", "sampled, the same ids again"], ["none", "abc", "not sampled"]],
+    legend: () => [["drifts", "abc", "re-encoding would split otherwise"], ["same", "abc", "sampled, the same ids again"], ["none", "abc", "not sampled, or not checked"]],
   },
 };

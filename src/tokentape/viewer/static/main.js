@@ -2,7 +2,7 @@
 
 import { info as askInfo } from "./api.js";
 import { h, plain } from "./dom.js";
-import { here, link } from "./route.js";
+import { here, link, table } from "./route.js";
 import { Session } from "./session.js";
 import { Sessions } from "./sessions.js";
 
@@ -23,29 +23,33 @@ function live(isOn, problem = "") {
   liveMark.textContent = isOn ? "live" : problem;
 }
 
+/** Instead of the view, which is broken: the next one, or another try, begins anew. */
 function problem(error) {
-  main.replaceChildren(h("p", { class: "problem", role: "alert" }, plain(error.message || String(error))));
+  view?.close();
+  view = null;
+  main.replaceChildren(h("div", { class: "problem" }, h("p", { role: "alert" }, plain(error.message || String(error))), h("button", { type: "button", onclick: route }, "Try again")));
 }
 
 async function route() {
+  let mine = view;
   try {
+    info ??= await askInfo();
+    mine = view;
     const { session, query } = here();
-    if (session !== null && view instanceof Session && view.id === session) {
-      await view.moved(query);
-      return;
-    }
-    if (session === null && view instanceof Sessions && !view.isGone) {
-      if (JSON.stringify(query) !== JSON.stringify(view.query)) { view.filter.value = query.q ?? ""; view.query = query; view.draw(); }
+    if (mine && (session === null ? mine instanceof Sessions : mine instanceof Session && mine.id === session)) {
+      await mine.moved(query);
       return;
     }
     view?.close();
-    crumbs.replaceChildren(session === null ? h("h1", {}, plain(`${info.kind} ${info.name}`)) : h("a", { href: link(null) }, "sessions"), ...(session === null ? [] : [h("h1", { class: "mono" }, plain(session))]));
+    crumbs.replaceChildren(session === null ? h("h1", {}, plain(`${info.kind} ${info.name}`)) : h("a", { href: link(null, table.query) }, "sessions"), ...(session === null ? [] : [h("h1", { class: "mono" }, plain(session))]));
     document.title = session === null ? `${plain(info.name)} · tokentape` : `${plain(session)} · tokentape`;
-    view = session === null ? new Sessions(main, info, live) : new Session(main, session, info, live);
-    await view.open(query);
+    view = mine = session === null ? new Sessions(main, info, live) : new Session(main, session, info, live);
+    const opens = mine.open(query);
+    main.focus({ preventScroll: true }); // what had the focus is gone
+    await opens;
     document.documentElement.dataset.ready = "1";
   } catch (error) {
-    problem(error);
+    if (view === mine) problem(error); // another view is none the worse
   }
 }
 
@@ -71,10 +75,10 @@ document.addEventListener("keydown", (event) => {
   const field = event.target.closest("input, select, textarea");
   if (field) {
     if (event.key === "Escape") { field.blur(); view?.first(); event.preventDefault(); }
-    if (event.key === "Enter" && field.id === "filter") view?.first();
+    if (event.key === "Enter" && field.id === "filter") { view?.first(); event.preventDefault(); }
     return;
   }
-  if (event.key === "/") (document.getElementById("filter") ?? document.getElementById("search"))?.focus();
+  if (event.key === "/") view?.seek();
   else if (event.key === "?") showKeys();
   else if (view instanceof Session ? !view.key(event) : !["j", "k"].includes(event.key)) return;
   else if (view instanceof Sessions) view.first();
@@ -85,9 +89,4 @@ document.getElementById("theme").addEventListener("click", toggleTheme);
 document.getElementById("help").addEventListener("click", showKeys);
 addEventListener("hashchange", route);
 theme(localStorage.getItem("tokentape-theme"));
-try {
-  info = await askInfo();
-  await route();
-} catch (error) {
-  problem(error);
-}
+await route();

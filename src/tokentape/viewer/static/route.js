@@ -13,6 +13,9 @@ export function link(session, query = {}) {
   return `#/${session === null ? "" : `s/${encodeURIComponent(session)}`}${text ? `?${text}` : ""}`;
 }
 
+/** The table's filter and order, to come back to. */
+export const table = { query: {} };
+
 /** Go somewhere; `quietly`: the same view, a little further, which needs no entry in the history. */
 export function go(session, query, quietly = false) {
   const to = link(session, query);

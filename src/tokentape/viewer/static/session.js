@@ -1,20 +1,21 @@
 // One session: its tree, and a branch of it as messages, as tokens, as it was on the wire, or beside another.
 
-import { Refused, get, of } from "./api.js";
+import { get, of } from "./api.js";
 import { MODES } from "./colours.js";
-import { chip, count, h, later, plain, plural, pretty, shown } from "./dom.js";
+import { chip, count, fill, h, later, place, plain, plural, pretty, shown } from "./dom.js";
 import { Inspector } from "./inspector.js";
-import { messages } from "./messages.js";
-import { go } from "./route.js";
+import { addTurns, messages } from "./messages.js";
+import { go, table } from "./route.js";
 import { Tokens } from "./tokens.js";
 import { Tree } from "./tree.js";
 
 const POLL_MS = 1000;
+const longest = (some) => some.reduce((a, b) => (a && a.num_tokens >= b.num_tokens ? a : b), null);
 const TABS = [["messages", "Messages"], ["tokens", "Tokens"], ["wire", "Wire"], ["compare", "Side by side"]];
 
 export class Session {
   constructor(root, id, info, live) {
-    Object.assign(this, { root, id, info, live, tag: null, isGone: false, grids: [] });
+    Object.assign(this, { root, id, info, live, tag: null, isGone: false, grids: [], drawing: 0, shownAs: null, seeks: false });
     this.scores = new Map(); // branch → what the engine said
   }
 
@@ -28,11 +29,34 @@ export class Session {
       h("div", { class: "side" }, this.facts, this.tree.element),
       h("div", { class: "pane" }, this.tools, this.view)));
     await this.refresh();
-    this.follow();
+    if (!this.isGone) this.follow();
+  }
+
+  /** Whether what begins now has been overtaken: by another view of this session, or of something else. */
+  watch() {
+    const now = this.drawing;
+    return () => this.isGone || now !== this.drawing;
+  }
+
+  /** Work that nobody waits for: what goes wrong is said, where it still matters. */
+  async tell(work) {
+    const isOver = this.watch();
+    try {
+      await work();
+    } catch (error) {
+      if (!isOver()) this.trouble(error.message);
+    }
+  }
+
+  trouble(text) {
+    const nodes = h("p", { class: "quiet", role: "alert" }, plain(text));
+    if (this.inspector) this.inspector.say(nodes);
+    else this.said.replaceChildren(nodes);
   }
 
   /** Another view of the same session; what does not change stays. */
   change(query, quietly = false) {
+    if (this.isGone) return;
     go(this.id, { ...this.query, ...query }, quietly);
     if (quietly) this.query = { ...this.query, ...query };
   }
@@ -40,8 +64,9 @@ export class Session {
   async moved(query) {
     const was = this.query;
     this.query = query;
+    if (!this.session) return; // it is drawn as soon as it is there
     const isSame = ["b", "tab", "with"].every((name) => (was[name] ?? null) === (query[name] ?? null));
-    if (isSame) this.adjust();
+    if (isSame && this.shownAs) this.tell(() => this.adjust());
     else await this.draw();
   }
 
@@ -49,24 +74,26 @@ export class Session {
   async refresh() {
     const session = await get(of(this.id), {}, this.tag);
     if (session === null || this.isGone) return false;
-    this.tag = session.tag;
     this.session = session;
     this.parents = new Map(session.turns.map((turn) => [turn.turn_id, turn.parent_id]));
     this.drawFacts();
     await this.draw(true);
+    this.tag = session.tag; // only now: what could not be drawn is asked for again
     return true;
   }
 
+  /** The branch that the address means: the longest one that goes on from the one shown, while the address is the same. */
   get branch() {
     const { branches } = this.session;
-    const longest = (some) => some.reduce((a, b) => (b.num_tokens > a.num_tokens ? b : a));
-    const wanted = this.query.b;
-    if (!wanted || !this.parents.has(wanted)) {
-      const main = branches.filter((branch) => branch.label === "main");
-      return branches.length ? longest(main.length ? main : branches) : null;
-    }
-    const through = branches.filter((branch) => this.path(branch.branch_id).includes(wanted));
-    return through.find((branch) => branch.branch_id === wanted) ?? longest(through);
+    const wanted = this.parents.has(this.query.b) ? this.query.b : null;
+    const main = branches.filter((branch) => branch.label === "main");
+    const meant = wanted ? this.through(wanted) : main.length ? main : branches;
+    const kept = this.shownAs?.b === (this.query.b ?? null) ? this.through(this.shownAs.id).filter((branch) => meant.includes(branch)) : [];
+    return meant.find((branch) => branch.branch_id === wanted) ?? longest(kept) ?? longest(meant);
+  }
+
+  through(turn) {
+    return this.session.branches.filter((branch) => this.path(branch.branch_id).includes(turn));
   }
 
   path(turn) {
@@ -77,15 +104,15 @@ export class Session {
 
   drawFacts() {
     const { summary } = this.session;
-    const metadata = Object.keys(summary.metadata).length ? h("details", {}, h("summary", {}, "metadata"), h("pre", {}, shown(JSON.stringify(summary.metadata, null, 2)))) : null;
-    const wasOpen = this.facts.querySelector("details")?.open;
-    this.facts.replaceChildren(
-      chip(summary.state, summary.state), summary.reward === null ? "" : chip(`reward ${summary.reward}`),
+    const metadata = JSON.stringify(summary.metadata, null, 2);
+    if (metadata !== this.told) this.metadata = metadata === "{}" ? null : h("details", {}, h("summary", {}, "metadata"), h("pre", {}, shown(metadata)));
+    this.told = metadata;
+    place(this.facts, [
+      chip(summary.state, summary.state), summary.reward === null ? null : chip(`reward ${summary.reward}`),
       h("span", {}, plural(summary.turns, "turn")), h("span", {}, plural(summary.branches, "branch", "branches")),
       h("span", {}, `${count(summary.sampled)} of ${count(summary.tokens)} tokens sampled`),
       ...Object.entries(summary.failures).map(([kind, number]) => chip(`${kind} ${number}`, "bad")),
-      ...(metadata ? [metadata] : []));
-    if (wasOpen) this.facts.querySelector("details").open = true;
+      this.metadata].filter(Boolean)); // the metadata stay where they are, open or not
   }
 
   // -- the branch
@@ -99,178 +126,211 @@ export class Session {
       return;
     }
     const selected = this.parents.has(this.query.b) ? this.query.b : branch.branch_id;
-    this.tree.draw(this.session, selected, this.path(branch.branch_id));
-    const tab = this.query.tab ?? "messages";
-    const isSame = this.shownAs?.tab === tab && this.shownAs.with === this.query.with && this.shownAs.turn === selected;
-    if (grown && isSame && this.shownAs.num_tokens === branch.num_tokens && this.shownAs.id === branch.branch_id) return;
-    this.head = await get(of(this.id, branch.branch_id));
-    if (this.isGone) return;
-    this.shownAs = { tab, with: this.query.with, id: branch.branch_id, num_tokens: branch.num_tokens, turn: selected };
-    if (grown && isSame && tab === "tokens" && this.grid) {
-      await this.grid.show(this.head);
-      this.inspector.colours(this.grid);
-      return;
+    this.tree.draw(this.session, selected, this.path(branch.branch_id), grown);
+    const tab = TABS.some(([name]) => name === this.query.tab) ? this.query.tab : "messages";
+    const other = tab === "compare" ? this.other(branch) : null;
+    const now = { tab, b: this.query.b ?? null, with: this.query.with ?? null, id: branch.branch_id, turn: selected, other: other?.branch_id ?? null };
+    const was = this.shownAs;
+    const isSame = grown && was !== null && ["tab", "b", "with"].every((name) => was[name] === now[name]);
+    if (isSame && was.id === now.id && was.other === now.other) return;
+    const grows = isSame && this.goesOn(was.id, now.id) && this.goesOn(was.other, now.other) && (tab !== "wire" || was.turn === selected);
+    this.drawing += 1;
+    const isOver = this.watch();
+    const heads = await Promise.all([branch, other].filter(Boolean).map((one) => get(of(this.id, one.branch_id))));
+    if (isOver()) return;
+    this.head = heads[0];
+    if (!grows) {
+      this.leave();
+      this.shownAs = null; // until it is there
+      this.view.className = "view";
     }
-    if (grown && isSame && tab === "messages" && this.view.firstChild) {
-      const top = this.view.firstChild.scrollTop;
-      this.view.replaceChildren(messages(this.head, (at) => this.toToken(at)));
-      this.view.firstChild.scrollTop = top;
-      return;
-    }
-    this.leave();
-    this.drawTools(tab);
-    this.view.className = "view";
-    await { messages: () => this.showMessages(selected), tokens: () => this.showTokens(selected), wire: () => this.showWire(selected), compare: () => this.showBoth() }[tab]();
+    if (!grows || tab === "wire" || tab === "compare") this.drawTools(tab, selected, other); // else nothing is new in them
+    await { messages: () => this.showMessages(grows, selected), tokens: () => this.showTokens(isOver, grows, selected), wire: () => this.showWire(isOver, grows, selected), compare: () => this.showBoth(isOver, grows, heads) }[tab]();
+    if (!isOver()) this.shownAs = now;
   }
 
-  drawTools(tab) {
+  /** Whether one branch is another one's beginning. */
+  goesOn(before, after) {
+    return before === after || (before !== null && after !== null && this.path(after).includes(before));
+  }
+
+  /** The tools of a view; what has the keyboard keeps it. */
+  drawTools(tab, selected, other) {
+    const focused = this.tools.contains(document.activeElement) ? document.activeElement : null;
     const tabs = h("div", { class: "tabs", role: "tablist", "aria-label": "Branch as" }, TABS.map(([name, title]) =>
-      h("button", { type: "button", role: "tab", "aria-selected": String(name === tab), data: { tab: name }, onclick: () => this.change({ tab: name }) }, title)));
-    this.tools.replaceChildren(tabs);
+      h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-selected": String(name === tab), data: { tab: name }, onclick: () => this.change({ tab: name }) }, title)));
+    const some = (value, text, isPicked) => h("option", { value, selected: isPicked }, text);
+    const tools = [tabs];
     if (tab === "tokens" || tab === "compare") {
-      const colour = h("select", { id: "colour", onchange: () => { this.change({ colour: colour.value }, true); this.adjust(); } },
-        Object.entries(MODES).map(([name, mode], index) => h("option", { value: name, selected: (this.query.colour ?? "provenance") === name }, `${index + 1} ${mode.title}`)));
-      this.tools.append(h("label", {}, "colour", colour));
+      const colour = h("select", { id: "colour", onchange: () => { this.change({ colour: colour.value }, true); this.tell(() => this.adjust()); } },
+        Object.entries(MODES).map(([name, mode], index) => some(name, `${index + 1} ${mode.title}`, this.mode === name)));
+      tools.push(h("label", {}, "colour", colour));
     }
     if (tab === "tokens") {
-      this.box = h("input", { type: "search", id: "search", value: this.query.q ?? "", placeholder: this.info.has_texts ? "text, or #id" : "#id", "aria-label": "Search in this branch", spellcheck: "false", autocomplete: "off",
-        oninput: later(() => { this.change({ q: this.box.value }, true); this.search(); }, 200),
-        onkeydown: (event) => { if (event.key === "Enter") { event.preventDefault(); this.next(event.shiftKey ? -1 : 1); } } });
+      this.box = this.searchBox();
       this.hitCount = h("span", { class: "hits", role: "status" });
-      this.tools.append(h("span", { class: "grow" }), this.box, this.hitCount);
+      tools.push(h("span", { class: "grow" }), this.box, this.hitCount);
+    }
+    if (tab === "wire") {
+      const pick = h("select", { id: "turn", onchange: () => this.change({ b: pick.value }) }, this.head.turns.map((turn, index) => some(turn.turn_id, `turn ${index + 1}, ${plain(turn.turn_id)}`, turn.turn_id === selected)));
+      this.indent ??= h("input", { type: "checkbox", id: "indent", checked: true });
+      tools.push(h("label", {}, "of", pick), h("label", {}, this.indent, "indented; else as it was sent"));
     }
     if (tab === "compare") {
-      const others = this.session.branches.filter((branch) => branch.branch_id !== this.head.branch_id);
-      const mine = this.path(this.head.branch_id);
-      const shared = (branch) => this.path(branch.branch_id).filter((turn, index) => turn === mine[index]).length;
-      others.sort((a, b) => shared(b) - shared(a)); // the nearest first
-      const pick = h("select", { id: "with", onchange: () => this.change({ with: pick.value }) }, others.map((branch) =>
-        h("option", { value: branch.branch_id, selected: branch.branch_id === this.query.with }, plain(`${branch.reason}, ${branch.label}, ${count(branch.num_tokens)} tokens, ${branch.branch_id}`))));
-      this.pick = pick;
-      this.tools.append(h("label", {}, "with", pick));
+      const pick = h("select", { id: "with", onchange: () => this.change({ with: pick.value }) }, this.others(this.head).map((branch) =>
+        some(branch.branch_id, plain(`${branch.reason}, ${branch.label}, ${count(branch.num_tokens)} tokens, ${branch.branch_id}`), branch === other)));
+      tools.push(h("label", {}, "with", pick));
     }
+    this.said = h("span", { class: "bad" });
+    this.tools.replaceChildren(...tools, this.said);
+    if (tab === "tokens" && this.seeks) { this.seeks = false; this.box.focus(); }
+    else if (focused) document.getElementById(focused.id)?.focus();
   }
 
-  showMessages(selected) {
-    const list = messages(this.head, (at) => this.toToken(at));
-    this.view.replaceChildren(list);
-    if (selected !== this.head.branch_id || this.query.b) document.getElementById(`turn-${selected}`)?.scrollIntoView({ block: "start" });
+  searchBox() {
+    const box = h("input", { type: "search", id: "search", value: this.query.q ?? "", placeholder: this.info.has_texts ? "text, or #id" : "#id", "aria-label": "Search in this branch", spellcheck: "false", autocomplete: "off" });
+    const apply = () => {
+      if (this.box !== box || box.value === this.searched) return false; // the view was left, or Enter was faster
+      this.change({ q: box.value }, true);
+      this.tell(() => this.search());
+      return true;
+    };
+    box.addEventListener("input", later(apply, 200));
+    box.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      event.preventDefault();
+      if (!apply()) this.next(event.shiftKey ? -1 : 1);
+    });
+    return box;
+  }
+
+  showMessages(grows, selected) {
+    if (grows) return addTurns(this.view.firstChild, this.head, (at) => this.toToken(at));
+    this.view.replaceChildren(messages(this.head, (at) => this.toToken(at)));
+    if (this.query.b) document.getElementById(`turn-${selected}`)?.scrollIntoView({ block: "start" });
   }
 
   toToken(at) {
     this.change({ tab: "tokens", at });
   }
 
-  async showTokens(selected) {
-    this.inspector = new Inspector((at) => this.grid.choose(at));
-    this.grid = new Tokens({ session: this.id, label: "Tokens", looked: (token) => this.inspector.look(token), moved: (at) => this.change({ at }, true) });
-    this.grids = [this.grid];
-    this.searched = "";
-    this.view.className = "view tokens";
-    this.view.replaceChildren(this.grid.element, this.inspector.element);
+  async showTokens(isOver, grows, selected) {
+    if (!grows) {
+      this.inspector = new Inspector((at) => this.grid.choose(at));
+      this.grid = new Tokens({ session: this.id, label: "Tokens", looked: (token) => this.inspector?.look(token), moved: (at) => this.change({ at }, true) });
+      this.grids = [this.grid];
+      this.view.className = "view tokens";
+      this.view.replaceChildren(this.grid.element, this.inspector.element);
+    }
     await this.grid.show(this.head);
-    if (this.isGone || !this.grid) return;
-    await this.adjust();
-    if (this.query.at === undefined && selected !== this.head.branch_id) this.grid.toLine(Math.max(0, this.grid.starts.indexOf(this.head.turns.find((turn) => turn.turn_id === selected).begin)));
+    if (isOver()) return;
+    if (!grows && this.query.at === undefined && selected !== this.head.branch_id) this.grid.toLine(Math.max(0, this.grid.starts.indexOf(this.head.turns.find((turn) => turn.turn_id === selected).begin)));
+    await this.adjust(grows);
   }
 
-  /** Colours and cursor as the address says. */
-  async adjust() {
-    const mode = MODES[this.query.colour] ? this.query.colour : "provenance";
+  get mode() {
+    return MODES[this.query.colour] ? this.query.colour : "provenance";
+  }
+
+  /** Colours, search and cursor as the address says; `grows`: of a branch that has become longer. */
+  async adjust(grows = false) {
+    const { mode, grid, grids } = this;
     const select = document.getElementById("colour");
     if (select) select.value = mode;
-    for (const grid of this.grids) {
-      if (grid.mode !== mode) await this.colour(grid, mode);
-      if (this.query.at !== undefined && this.query.at !== null && grid === this.grid && grid.at !== Number(this.query.at)) grid.choose(Number(this.query.at));
+    const at = Number(this.query.at ?? NaN);
+    if (grid && Number.isInteger(at) && grid.at !== at) grid.choose(at);
+    const work = grids.filter((one) => grows || one.mode !== mode).map((one) => this.colour(one, mode));
+    if (grid && (grows || (this.query.q ?? "") !== this.searched)) {
+      if (!grows) this.box.value = this.query.q ?? "";
+      work.push(this.search(grows));
     }
-    if (this.grid && this.inspector) this.inspector.colours(this.grid);
-    if (this.grid && (this.query.q ?? "") !== this.searched) {
-      this.box.value = this.query.q ?? "";
-      await this.search();
-    }
+    if (grid) this.inspector.colours(grid);
+    await Promise.all(work);
   }
 
   /** Some colours need to be asked for first. */
   async colour(grid, mode) {
     grid.colour(mode);
     const branch = grid.head.branch_id;
+    const say = (...nodes) => this.inspector?.say(...nodes);
     const missing = { drift: !this.info.has_texts && "No tokenizer here: give --model.", difference: !this.info.has_engine && "No engine here: `tokentape view … --engine URL` recomputes log-probabilities." }[mode];
-    if (missing) {
-      this.inspector?.say(h("p", { class: "quiet", role: "alert" }, missing));
-      return;
-    }
+    this.said.replaceChildren();
+    if (missing) return this.trouble(missing);
+    const isOver = this.watch();
+    const isOld = () => isOver() || grid.mode !== mode;
     try {
       if (mode === "drift") {
-        this.inspector?.say(h("p", { class: "quiet" }, "Encoding every turn again …"));
+        if (!grid.checked) say(h("p", { class: "quiet" }, "Encoding every turn again …"));
+        const { num_tokens } = grid;
         const { drifts } = await get(of(this.id, branch, "drift"));
-        await this.withTexts(grid, drifts);
-        grid.drift(drifts);
+        if (isOld()) return;
+        grid.drift(drifts, num_tokens);
         this.inspector?.drifts(drifts);
       } else if (mode === "difference") {
-        this.inspector?.say(h("p", { class: "quiet" }, "The engine computes …"));
-        const key = `${branch} ${grid.head.num_tokens}`;
-        if (!this.scores.has(key)) this.scores.set(key, await get(of(this.id, branch, "scores")));
-        const { spans, not_compared, weight_version } = this.scores.get(key);
+        if (grid.scores === null) say(h("p", { class: "quiet" }, "The engine computes …"));
+        if (!this.scores.has(branch)) this.scores.set(branch, await get(of(this.id, branch, "scores")));
+        if (isOld()) return;
+        const { spans, not_compared, weight_version } = this.scores.get(branch);
         grid.scores = new Map(spans.flatMap(([start, values]) => values.map((value, index) => [start + index, value])));
         grid.redraw();
-        this.inspector?.say(h("h2", {}, "Recomputed"), h("p", {}, `${plural(grid.scores.size, "token")} by weights ${plain(String(weight_version ?? "(it does not say)"))}`),
+        say(h("h2", {}, "Recomputed"), h("p", {}, `${plural(grid.scores.size, "token")} by weights ${plain(String(weight_version ?? "(it does not say)"))}`),
           ...Object.entries(not_compared).map(([why, number]) => h("p", { class: "quiet" }, `${count(number)} not compared: ${why}`)));
-      } else this.inspector?.say();
+      } else say();
     } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      this.inspector?.say(h("p", { class: "quiet", role: "alert" }, plain(error.message)));
+      if (!isOld()) this.trouble(error.message);
     }
   }
 
-  /** What was recorded at the places of drift: a few tokens each, asked for in one piece where they lie together. */
-  async withTexts(grid, drifts) {
-    for (const one of drifts.slice(0, 200)) {
-      const chunk = [...grid.chunks.values()].find((piece) => one.start >= piece.start && one.end <= piece.start + piece.ids.length)
-        ?? await get(of(this.id, grid.head.branch_id, "tokens"), { start: one.start, end: one.end });
-      one.recorded = chunk.texts.slice(one.start - chunk.start, one.end - chunk.start);
-    }
-  }
-
-  async search() {
-    const q = this.box.value;
+  /** Goes to the first hit from the cursor on; `grows`: the hits of a longer branch, nothing moves. */
+  async search(grows = false) {
+    const { grid } = this;
+    const q = (grows ? this.searched : null) ?? this.box.value;
+    const was = grows ? this.found?.hits[this.found.at] : null;
     this.searched = q;
-    this.found = null;
+    if (!grows) this.found = null;
     if (!q || (!this.info.has_texts && !/^#\d+$/.test(q))) {
       this.hitCount.textContent = "";
-      this.grid.mark([]);
+      grid.mark([]);
       return;
     }
+    const isOver = this.watch();
     try {
       const { hits, num_hits } = await get(of(this.id, this.head.branch_id, "search"), { q });
-      if (this.box.value !== q || !this.grid) return;
-      this.found = { hits, num_hits, at: -1 };
-      if (hits.length) this.next(1);
-      else { this.hitCount.textContent = "none"; this.grid.mark([]); }
+      if (isOver() || this.searched !== q) return;
+      const from = was?.[0] ?? Number(this.query.at ?? 0);
+      this.found = { hits, num_hits, at: Math.max(0, hits.findIndex(([start]) => start >= from)) };
+      this.show(!grows);
     } catch (error) {
-      if (!(error instanceof Refused)) throw error;
+      if (isOver() || this.searched !== q) return;
+      this.searched = null; // Enter asks again
       this.hitCount.textContent = error.message;
     }
   }
 
   next(by) {
     if (!this.found?.hits.length) return;
-    const { hits, num_hits } = this.found;
-    this.found.at = (this.found.at + by + hits.length) % hits.length;
-    this.grid.mark(hits, hits[this.found.at]);
-    this.hitCount.textContent = `${count(this.found.at + 1)} of ${count(num_hits)}`;
+    this.found.at = (this.found.at + by + this.found.hits.length) % this.found.hits.length;
+    this.show();
   }
 
-  async showWire(selected) {
-    const pick = h("select", { id: "turn", onchange: () => this.change({ b: pick.value }) }, this.head.turns.map((turn, index) => h("option", { value: turn.turn_id, selected: turn.turn_id === selected }, `turn ${index + 1}, ${plain(turn.turn_id)}`)));
-    this.tools.append(h("label", {}, "of", pick));
+  /** The hit one is at. */
+  show(goes = true) {
+    const { hits, num_hits, at } = this.found;
+    this.grid.mark(hits, hits[at] ?? null, goes);
+    this.hitCount.textContent = hits.length ? `${count(at + 1)} of ${count(num_hits)}` : "none";
+  }
+
+  async showWire(isOver, grows, selected) {
+    if (grows) return; // of this turn there is nothing new
     const wire = await get(of(this.id, selected, "wire"));
+    if (isOver()) return;
     const box = h("div", { class: "wire", tabindex: "0", role: "region", "aria-label": "Wire" });
+    this.indent.disabled = !wire.kept;
     if (wire.kept) {
       const parts = [wire.request, wire.reply].map((text) => [text, h("pre", { tabindex: "0" })]);
-      const indent = h("input", { type: "checkbox", checked: true, onchange: () => fill() });
-      const fill = () => parts.forEach(([text, pre]) => pre.replaceChildren(...shown(indent.checked ? pretty(text) : text)));
-      fill();
-      this.tools.append(h("label", {}, indent, "indented; else as it was sent"));
+      const draw = () => parts.forEach(([text, pre]) => fill(pre, shown(this.indent.checked ? pretty(text) : text)));
+      this.indent.onchange = draw;
+      draw();
       box.append(h("h2", {}, "Request, POST ", h("code", {}, shown(wire.path))), parts[0][1], h("h2", {}, "Reply"), parts[1][1]);
     } else {
       const why = this.info.has_wire ? "It was too long ago, or before the gateway started: only the last requests are kept (--keep-wire-mb)." : "Only a running gateway has the last requests as they were on the wire; a store and a file keep what they meant.";
@@ -279,32 +339,51 @@ export class Session {
     this.view.replaceChildren(box);
   }
 
-  async showBoth() {
-    const other = this.session.branches.find((branch) => branch.branch_id === this.pick.value);
-    if (!other) {
+  /** The other branches, the nearest first. */
+  others(branch) {
+    const mine = this.path(branch.branch_id);
+    const shared = new Map(this.session.branches.map((one) => [one, this.path(one.branch_id).filter((turn, index) => turn === mine[index]).length]));
+    return this.session.branches.filter((one) => one.branch_id !== branch.branch_id).sort((a, b) => shared.get(b) - shared.get(a));
+  }
+
+  /** The branch beside this one: the one of the address, or what it has become; else the one shown, or the nearest. */
+  other(branch) {
+    const others = this.others(branch);
+    const wanted = this.query.with ?? (this.shownAs?.b === (this.query.b ?? null) ? this.shownAs?.other : null);
+    return others.find((one) => one.branch_id === wanted) ?? longest(others.filter((one) => this.path(one.branch_id).includes(wanted))) ?? others[0] ?? null;
+  }
+
+  async showBoth(isOver, grows, heads) {
+    if (heads.length < 2) {
       this.view.replaceChildren(h("p", { class: "empty" }, "There is no other branch."));
       return;
     }
-    const second = await get(of(this.id, other.branch_id));
-    const { at } = await get(of(this.id, this.head.branch_id, "difference"), { other: other.branch_id });
-    if (this.isGone) return;
-    const box = h("div", { class: "compare" });
-    this.view.replaceChildren(box);
-    const heads = [this.head, second];
-    const columns = Math.max(24, Math.floor((this.view.clientWidth / 2 - 142) / 8));
-    let leader = null;
-    this.grids = heads.map((head, side) => new Tokens({ session: this.id, columns, label: side ? "Other branch" : "This branch", scrolled: (top) => {
-      const mine = this.grids[side], its = this.grids[1 - side];
-      if (leader === null || leader === mine) { if (its?.starts && its.topLine() !== top) { leader = mine; its.toLine(top); requestAnimationFrame(() => requestAnimationFrame(() => { leader = null; })); } }
-    } }));
-    const where = at === null ? "the same tokens" : `first difference at token ${count(at)}`;
-    box.append(...heads.map((head, side) => h("header", {}, chip(head.reason, "reason"), chip(head.label), `${count(head.num_tokens)} tokens`, h("b", { class: side ? "" : "where" }, side ? "" : where))), ...this.grids.map((grid) => grid.element));
-    for (const [side, grid] of this.grids.entries()) {
-      grid.differs = at;
-      await grid.show(heads[side]);
+    const { at } = await get(of(this.id, heads[0].branch_id, "difference"), { other: heads[1].branch_id });
+    if (isOver()) return;
+    if (!grows) {
+      const columns = Math.max(24, Math.floor((this.view.clientWidth / 2 - 142) / 8));
+      this.grids = heads.map((_, side) => new Tokens({ session: this.id, columns, label: side ? "Other branch" : "This branch", scrolled: (top) => this.together(side, top) }));
+      this.titles = heads.map(() => h("header"));
+      this.view.replaceChildren(h("div", { class: "compare" }, this.titles, this.grids.map((grid) => grid.element)));
     }
-    await this.adjust();
-    if (at !== null) for (const grid of this.grids) grid.reveal(Math.min(at, grid.num_tokens - 1));
+    const where = at === null ? "the same tokens" : `first difference at token ${count(at)}`;
+    for (const [side, head] of heads.entries()) {
+      fill(this.titles[side], [chip(head.reason, "reason"), chip(head.label), `${count(head.num_tokens)} tokens`, h("b", { class: side ? "" : "where" }, side ? "" : where)]);
+      this.grids[side].differs = at;
+      await this.grids[side].show(head);
+      if (isOver()) return;
+    }
+    if (!grows && at !== null) for (const grid of this.grids) grid.reveal(Math.min(at, grid.num_tokens - 1));
+    await this.adjust(grows);
+  }
+
+  /** Both sides scroll together; who was scrolled by the other one does not answer. */
+  together(side, top) {
+    const [mine, its] = [this.grids[side], this.grids[1 - side]];
+    if ((this.leader ?? mine) !== mine || !its?.starts || its.topLine() === top) return;
+    this.leader = mine;
+    its.toLine(top);
+    requestAnimationFrame(() => requestAnimationFrame(() => { this.leader = null; }));
   }
 
   // -- time, keys
@@ -317,25 +396,26 @@ export class Session {
       if (document.visibilityState === "visible" && this.session.summary.state === "open") {
         try {
           await this.refresh();
-          this.live(this.session.summary.state === "open");
+          if (!this.isGone) this.live(this.session.summary.state === "open");
         } catch (error) {
-          this.live(false, error.message);
+          if (!this.isGone) this.live(false, error.message);
         }
       }
-      this.timer = setTimeout(tick, POLL_MS);
+      if (!this.isGone) this.timer = setTimeout(tick, POLL_MS);
     };
     this.timer = setTimeout(tick, POLL_MS);
   }
 
   key(event) {
+    if (event.key === "Escape") { go(null, table.query); return true; }
+    if (!this.session) return false;
     const tab = { m: "messages", t: "tokens", w: "wire", c: "compare" }[event.key];
     const colour = Object.keys(MODES)[Number(event.key) - 1];
     if (tab) this.change({ tab });
-    else if (colour && this.grids.length) { this.change({ colour }, true); this.adjust(); }
+    else if (colour && this.grids.length) { this.change({ colour }, true); this.tell(() => this.adjust()); }
     else if (event.key === "n" || event.key === "N") this.next(event.key === "n" ? 1 : -1);
     else if (event.key === "g") (this.grid?.element ?? this.tree.element.querySelector("[tabindex='0']"))?.focus();
-    else if (event.key === "b") this.tree.element.querySelector("[tabindex='0']")?.focus();
-    else if (event.key === "Escape") go(null, {});
+    else if (event.key === "b") this.first();
     else return false;
     return true;
   }
@@ -344,11 +424,18 @@ export class Session {
     this.tree.element.querySelector("[tabindex='0']")?.focus();
   }
 
+  /** To the search, which tokens have. */
+  seek() {
+    if (this.box) { this.box.focus(); return; }
+    this.seeks = true;
+    this.change({ tab: "tokens" });
+  }
+
   leave() {
     for (const grid of this.grids) grid.close();
     this.grids = [];
-    this.grid = null;
-    this.inspector = null;
+    this.grid = this.inspector = this.box = this.found = null;
+    this.searched = "";
   }
 
   close() {

@@ -1,14 +1,15 @@
 // The table of sessions: filtered, sorted, and followed while they run.
 
-import { Refused, get, of, sessions as ask } from "./api.js";
-import { chip, count, h, later, plain } from "./dom.js";
-import { go, link } from "./route.js";
+import { get, of, sessions as ask } from "./api.js";
+import { chip, count, h, later, place, plain, plural, soon } from "./dom.js";
+import { go, link, table } from "./route.js";
 
 const PAGE = 500;
 const MOST = 20000; // sessions that are loaded
 const SHOWN = 200; // rows at first, and at each "more"
 const POLL_MS = 1500;
 const AT_ONCE = 4; // questions for counts
+const AGAIN_MS = 3000; // before counts that did not come are asked for again
 
 const sum = (counts) => Object.values(counts ?? {}).reduce((total, one) => total + one, 0);
 const listed = (counts) => Object.keys(counts ?? {}).join(", ");
@@ -29,7 +30,7 @@ const COLUMNS = [
   ["metadata", "metadata", (row) => JSON.stringify(row.metadata), false],
 ];
 const BY_NAME = new Map(COLUMNS.map((column) => [column[0], column]));
-const ALIASES = { id: "session_id", label: "labels", version: "versions", created: "created_at" };
+const ALIASES = { id: "session_id", session: "session_id", label: "labels", version: "versions", created: "created_at" };
 const TERM = /^([a-z_]+)(:|>=|<=|>|<|=)(.+)$/;
 
 /** One word of a filter as a test of a row, and whether it needs counts. Words without a column look everywhere. */
@@ -45,7 +46,7 @@ function term(word) {
   const wanted = Number(text);
   const tests = {
     ":": (value) => String(value ?? "").toLowerCase().includes(text.toLowerCase()),
-    "=": (value) => String(value ?? "") === text,
+    "=": (value) => (typeof value === "number" ? value === wanted : String(value) === text),
     ">": (value) => value > wanted,
     "<": (value) => value < wanted,
     ">=": (value) => value >= wanted,
@@ -61,19 +62,22 @@ export class Sessions {
     this.live = live;
     this.rows = new Map();
     this.tags = new Map();
-    this.elements = new Map();
+    this.elements = new Map(); // id → [its row as JSON, its element, whether its counts were known]
     this.numShown = SHOWN;
     this.isGone = false;
-    this.wanted = []; // ids whose counts are asked for
+    this.wanted = []; // ids whose counts are to be asked for, the next one last
+    this.queued = new Set(); // the same; `wanted` may have one twice
+    this.failed = new Set();
     this.asking = 0;
+    this.isCut = false;
   }
 
   async open(query) {
-    this.query = query;
+    this.query = table.query = query;
     this.filter = h("input", {
       type: "search", id: "filter", value: query.q ?? "", "aria-label": "Filter", autocomplete: "off", spellcheck: "false",
       placeholder: "filter: text, state:open, label:subagent, turns>3, reward<0.5",
-      oninput: later(() => this.change({ q: this.filter.value }), 120),
+      oninput: later(() => this.apply(), 120),
     });
     this.total = h("span", { class: "quiet", role: "status" });
     this.body = h("tbody");
@@ -87,12 +91,24 @@ export class Sessions {
           h("table", {}, h("caption", { class: "visually-hidden" }, "Sessions"), h("thead", {}, h("tr", {}, this.heads)), this.body), this.more)),
     );
     await this.load();
-    this.follow();
+    if (!this.isGone) this.follow();
+  }
+
+  moved(query) {
+    if (JSON.stringify(query) === JSON.stringify(this.query)) return;
+    this.filter.value = query.q ?? "";
+    this.query = table.query = query;
+    this.draw();
+  }
+
+  /** What is typed is the filter. */
+  apply() {
+    if (!this.isGone && this.filter.value !== (this.query.q ?? "")) this.change({ q: this.filter.value });
   }
 
   /** The same view with another filter or order. */
   change(query) {
-    this.query = { ...this.query, ...query };
+    this.query = table.query = { ...this.query, ...query };
     this.numShown = SHOWN;
     go(null, this.query, true);
     this.draw();
@@ -105,8 +121,9 @@ export class Sessions {
   async load() {
     let after = "";
     const seen = new Set();
-    while (seen.size < MOST && !this.isGone) {
+    while (true) {
       const page = await ask(after, PAGE);
+      if (this.isGone) return;
       for (const row of page.sessions) {
         const known = this.rows.get(row.session_id);
         if (known && known.state !== row.state) this.tags.delete(row.session_id);
@@ -114,7 +131,8 @@ export class Sessions {
         seen.add(row.session_id);
         after = row.session_id;
       }
-      if (!page.has_more || !page.sessions.length) break;
+      this.isCut = page.has_more && seen.size >= MOST;
+      if (!page.has_more || !page.sessions.length || this.isCut) break;
       if (seen.size === PAGE) this.draw(); // something to look at, meanwhile
     }
     for (const id of this.rows.keys()) if (!seen.has(id)) this.rows.delete(id);
@@ -126,7 +144,8 @@ export class Sessions {
     const terms = (this.query.q ?? "").split(/\s+/).filter(Boolean).map(term);
     const [order, name] = this.query.sort?.startsWith("-") ? [-1, this.query.sort.slice(1)] : [1, this.query.sort];
     const column = BY_NAME.get(name);
-    if (terms.some(([, counted]) => counted) || column?.[3]) this.count([...this.rows.keys()]);
+    const isCounted = terms.some(([, counted]) => counted) || column?.[3];
+    if (isCounted) this.count([...this.rows.keys()].filter((id) => !this.tags.has(id) && !this.queued.has(id)));
     let found = [...this.rows.values()].filter((row) => terms.every(([test]) => test(row)));
     if (column) {
       const missing = (value) => value === null || value === undefined;
@@ -140,15 +159,23 @@ export class Sessions {
       if (head.dataset.name === name) head.setAttribute("aria-sort", order > 0 ? "ascending" : "descending");
       else head.removeAttribute("aria-sort");
     }
-    this.total.textContent = found.length === this.rows.size ? `${count(found.length)} sessions` : `${count(found.length)} of ${count(this.rows.size)} sessions`;
+    const uncounted = isCounted ? [...this.rows.values()].filter((row) => row.turns === undefined).length : 0;
+    const all = `${this.isCut ? "the first " : ""}${plural(this.rows.size, "session")}`;
+    this.total.textContent = `${found.length === this.rows.size ? all : `${count(found.length)} of ${all}`}${uncounted ? `, counting ${count(uncounted)}` : ""}`;
     const now = found.slice(0, this.numShown);
     this.more.hidden = now.length === found.length;
-    this.count(now.map((row) => row.session_id));
+    this.count(now.map((row) => row.session_id).filter((id) => !this.tags.has(id)));
     const focused = document.activeElement?.closest("tr")?.dataset.id;
-    this.elements = new Map(now.map((row) => [row.session_id, this.row(row)]));
-    this.body.replaceChildren(...this.elements.values());
-    if (!now.length) this.body.append(h("tr", {}, h("td", { colspan: COLUMNS.length, class: "empty" }, this.rows.size ? "No session is like that." : "No sessions yet.")));
-    if (focused) this.elements.get(focused)?.querySelector("a").focus({ preventScroll: true });
+    this.elements = new Map(now.map((row) => [row.session_id, this.element(row)]));
+    place(this.body, now.length ? [...this.elements.values()].map(([, element]) => element) : [h("tr", {}, h("td", { colspan: COLUMNS.length, class: "empty" }, this.rows.size ? "No session is like that." : "No sessions yet."))]);
+    if (focused && !this.body.contains(document.activeElement)) this.elements.get(focused)?.[1].querySelector("a").focus({ preventScroll: true });
+  }
+
+  /** A row's element: the one that is there, unless something in it has changed. */
+  element(row) {
+    const known = this.elements.get(row.session_id);
+    const text = JSON.stringify(row);
+    return known?.[0] === text ? known : [text, this.row(row, known?.[2]), row.turns !== undefined];
   }
 
   row(row, changed = false) {
@@ -170,10 +197,15 @@ export class Sessions {
   }
 
   /** Ask for the counts of these sessions, a few at a time; what is asked for last comes first. */
-  count(ids, again = false) {
-    const missing = ids.filter((id) => again || !this.tags.has(id));
-    this.wanted = [...new Set([...missing, ...this.wanted])];
-    while (this.asking < AT_ONCE && this.wanted.length) this.one(this.wanted.shift());
+  count(ids) {
+    for (const id of ids.reverse()) {
+      this.wanted.push(id);
+      this.queued.add(id);
+    }
+    while (this.asking < AT_ONCE && this.wanted.length) {
+      const id = this.wanted.pop();
+      if (this.queued.delete(id)) this.one(id);
+    }
   }
 
   async one(id) {
@@ -185,25 +217,24 @@ export class Sessions {
       if (row !== null && this.rows.has(id) && !this.isGone) {
         this.tags.set(id, row.tag);
         this.rows.set(id, row);
-        const before = this.elements.get(id);
-        if (before) {
-          const after = this.row(row, known !== null);
-          const hadFocus = before.contains(document.activeElement);
-          before.replaceWith(after);
-          this.elements.set(id, after);
-          if (hadFocus) after.querySelector("a").focus({ preventScroll: true });
-        }
-        if (BY_NAME.get(this.query.sort?.replace("-", ""))?.[3] || this.query.q) this.redraw();
+        this.redraw();
       }
-    } catch (error) {
-      if (!(error instanceof Refused)) throw error; // it has just been deleted
+    } catch {
+      this.failed.add(id); // deleted meanwhile, or there is no answer for the moment
+      this.retry();
     } finally {
       this.asking -= 1;
-      if (this.wanted.length && !this.isGone) this.count([]);
+      if (!this.isGone) this.count([]);
     }
   }
 
-  redraw = later(() => this.draw(), 100);
+  redraw = soon(() => this.draw(), 250);
+
+  retry = soon(() => {
+    for (const id of this.failed) this.tags.delete(id);
+    this.failed.clear();
+    this.draw();
+  }, AGAIN_MS);
 
   /** Look again while the page can be seen. */
   follow() {
@@ -215,15 +246,14 @@ export class Sessions {
       if (document.visibilityState === "visible") {
         try {
           ticks += 1;
-          const before = this.rows.size;
           if (this.rows.size <= PAGE || ticks % 10 === 0) await this.load();
-          if (this.rows.size === before) this.count([...this.elements.keys()].filter((id) => this.rows.get(id)?.state === "open"), true);
-          this.live(true);
+          this.count([...this.elements.keys()].filter((id) => this.rows.get(id)?.state === "open"));
+          if (!this.isGone) this.live(true);
         } catch (error) {
-          this.live(false, error.message);
+          if (!this.isGone) this.live(false, error.message);
         }
       }
-      this.timer = setTimeout(tick, POLL_MS);
+      if (!this.isGone) this.timer = setTimeout(tick, POLL_MS);
     };
     this.timer = setTimeout(tick, POLL_MS);
   }
@@ -237,7 +267,12 @@ export class Sessions {
     event.preventDefault();
   }
 
+  seek() {
+    this.filter.focus();
+  }
+
   first() {
+    this.apply(); // Enter may be faster than what is typed
     this.body.querySelector("a")?.focus();
   }
 

@@ -9,7 +9,10 @@ const CHUNK = 2048; // tokens
 const SPARE = 12; // lines drawn beyond those in view
 const GUTTER = 118 + 24; // px
 const AT_ONCE = 3;
+const PAUSE_MS = 2000; // before what failed is asked for again
 const TALLEST = 8_000_000; // px; browsers know no taller element
+
+let made = 0;
 
 /** The last index whose value is at most `wanted`; values ascend. */
 function before(values, wanted) {
@@ -26,6 +29,7 @@ export class Tokens {
   /** `looked(token)` is told which token the pointer or the keyboard is on, `moved(at)` which one was chosen. */
   constructor({ session, label, columns = null, looked = () => {}, moved = () => {}, scrolled = () => {} }) {
     Object.assign(this, { session, looked, moved, scrolled, fixed: columns });
+    this.number = (made += 1); // its tokens' ids stay the same while the branch grows
     this.mode = "provenance";
     this.at = null;
     this.hits = [];
@@ -34,15 +38,19 @@ export class Tokens {
     this.scores = null; // Map: token → recomputed
     this.drifts = []; // in order
     this.driftStarts = [];
+    this.checked = 0; // tokens whose drift is known
     this.hitStarts = [];
     this.chunks = new Map();
     this.asking = new Set();
+    this.pause = 0;
     this.drawn = new Map();
     this.all = h("div", { class: "all", role: "presentation" });
     this.element = h("div", { class: "grid", role: "grid", tabindex: "0", "aria-label": label, "aria-readonly": "true",
       onscroll: () => this.paint(), onkeydown: (event) => this.key(event),
       onpointerover: (event) => this.hover(event), onclick: (event) => this.click(event) }, this.all);
-    this.watching = new ResizeObserver(later(() => this.resized(), 150));
+    this.trouble = h("span", { role: "alert" });
+    this.watching = new ResizeObserver(later(() => this.resized().catch((error) => this.tell(error.message)), 150));
+    this.isGone = false;
     this.frame = 0;
   }
 
@@ -51,30 +59,34 @@ export class Tokens {
     const grows = this.head && head.turns[0].turn_id === this.head.turns[0].turn_id && head.num_tokens >= this.head.num_tokens
       && this.head.turns.every((turn, index) => head.turns[index]?.turn_id === turn.turn_id);
     if (!grows) this.chunks.clear();
-    else this.chunks.delete(Math.floor(this.head.num_tokens / CHUNK));
+    const kept = grows && this.starts ? this.starts.length - 1 : 0; // lines that stay as they are
     const atEnd = this.head && this.element.scrollHeight - this.element.scrollTop - this.element.clientHeight < 2 * ROW && this.element.scrollTop > 0;
     this.head = head;
     this.versions = [...new Set(head.version_spans.map(([version]) => version))];
     this.edges = head.turns.map((turn) => turn.begin);
     this.spans = head.version_spans.map(([, start]) => start);
-    await this.layOut();
+    if (!await this.layOut(kept)) return;
     this.watching.observe(this.element);
     if (grows && atEnd) this.element.scrollTop = this.element.scrollHeight;
   }
 
-  async layOut() {
+  /** Whether the lines are those of the branch that is shown; it may have changed meanwhile. */
+  async layOut(kept = 0) {
     const probe = h("span", { class: "t" }, "0".repeat(100));
     this.all.append(probe);
     const letter = probe.getBoundingClientRect().width / 100 || 8;
     probe.remove();
     this.columns = this.fixed ?? Math.max(24, Math.min(400, Math.floor((this.element.clientWidth - GUTTER) / letter)));
-    const { starts, num_tokens } = await get(of(this.session, this.head.branch_id, "lines"), { columns: this.columns });
+    const { head, columns } = this;
+    const { starts, num_tokens } = await get(of(this.session, head.branch_id, "lines"), { columns });
+    if (this.isGone || head !== this.head || columns !== this.columns) return false;
     this.starts = starts;
     this.num_tokens = num_tokens;
     this.height = Math.min(starts.length * ROW, TALLEST);
     this.all.style.height = `${this.height}px`;
     this.element.setAttribute("aria-rowcount", starts.length);
-    this.redraw();
+    this.redraw(kept);
+    return true;
   }
 
   async resized() {
@@ -83,8 +95,7 @@ export class Tokens {
     if (Math.abs(columns - (this.width ?? columns)) < 1 && this.width !== undefined) return;
     this.width = columns;
     const top = this.starts[this.topLine()];
-    await this.layOut();
-    this.toLine(before(this.starts, top));
+    if (await this.layOut()) this.toLine(before(this.starts, top));
   }
 
   // -- where things are
@@ -129,7 +140,7 @@ export class Tokens {
     const own = at - chunk.start;
     const seen = this.looker()(at);
     return {
-      ...seen, at, id: chunk.ids[own], hex: chunk.hex[own], recomputed: this.scores?.get(at) ?? null,
+      ...seen, id: chunk.ids[own], hex: chunk.hex[own], recomputed: this.scores?.get(at) ?? null,
       call: (seen.turn.attempts ?? []).find((one) => one.tokens && at >= one.tokens[0] && at < one.tokens[1]) ?? null,
     };
   }
@@ -151,7 +162,7 @@ export class Tokens {
       const logprob = chunk.logprobs[at - chunk.start];
       const recomputed = this.scores === null ? undefined : this.scores.get(at);
       return {
-        turn, index, logprob, kind: provenance(at, turn, index), text: chunk.texts[at - chunk.start],
+        at, turn, index, logprob, kind: provenance(at, turn, index), text: chunk.texts[at - chunk.start],
         version: at >= span[1] && at < span[2] ? span[0] : null,
         difference: recomputed === undefined || logprob === null ? null : recomputed - logprob,
         drift: drift !== null && at >= drift.start && at < drift.end ? drift : null,
@@ -159,26 +170,45 @@ export class Tokens {
     };
   }
 
+  /** Whether all of a chunk is here: the last one of a branch that has grown is not. */
+  has(number) {
+    const chunk = this.chunks.get(number);
+    return chunk !== undefined && chunk.start + chunk.ids.length >= Math.min((number + 1) * CHUNK, this.num_tokens);
+  }
+
   fetch(number) {
-    if (this.chunks.has(number) || this.asking.has(number) || this.asking.size >= AT_ONCE) return;
+    if (this.pause || this.has(number) || this.asking.has(number) || this.asking.size >= AT_ONCE) return;
     const head = this.head;
     this.asking.add(number);
     get(of(this.session, head.branch_id, "tokens"), { start: number * CHUNK, end: Math.min((number + 1) * CHUNK, this.num_tokens) })
-      .then((chunk) => { if (this.head === head || this.head.branch_id === head.branch_id) this.chunks.set(number, chunk); })
-      .catch((error) => this.element.setAttribute("data-problem", error.message))
+      .then((chunk) => { if (this.head === head) this.chunks.set(number, chunk); this.tell(""); }, (error) => {
+        this.tell(error.message);
+        this.pause ||= setTimeout(() => { this.pause = 0; this.again(); }, PAUSE_MS);
+      })
       .finally(() => {
         this.asking.delete(number);
-        for (const [line, row] of this.drawn) if (row.dataset.waits) { row.remove(); this.drawn.delete(line); }
-        this.paint();
+        this.again();
         if (this.at !== null && Math.floor(this.at / CHUNK) === number) { const token = this.token(this.at); if (token) this.looked(token); }
       });
   }
 
+  /** Draw the lines that wait for their tokens: what is missing is asked for. */
+  again() {
+    if (this.isGone) return;
+    for (const [line, row] of this.drawn) if (row.dataset.waits) { row.remove(); this.drawn.delete(line); }
+    this.paint();
+  }
+
+  tell(problem) {
+    this.trouble.textContent = plain(problem);
+    if (problem) this.element.prepend(h("div", { class: "trouble", role: "row" }, h("span", { role: "gridcell" }, this.trouble)));
+    else this.trouble.closest(".trouble")?.remove();
+  }
+
   // -- drawing
 
-  redraw() {
-    for (const row of this.drawn.values()) row.remove();
-    this.drawn.clear();
+  redraw(kept = 0) {
+    for (const [line, row] of this.drawn) if (line >= kept) { row.remove(); this.drawn.delete(line); }
     this.paint();
   }
 
@@ -187,7 +217,7 @@ export class Tokens {
   }
 
   draw() {
-    if (!this.starts?.length || !this.element.isConnected) return;
+    if (this.isGone || !this.starts?.length || !this.element.isConnected) return;
     const top = this.topLine();
     const offset = this.element.scrollTop - top * ROW - (this.element.scrollTop % ROW); // 0 unless squeezed
     if (offset !== this.offset) {
@@ -216,7 +246,7 @@ export class Tokens {
   }
 
   idOf(at) {
-    return `t-${this.head.branch_id}-${at}`;
+    return `t-${this.number}-${at}`;
   }
 
   line(line) {
@@ -259,21 +289,23 @@ export class Tokens {
     return at >= start && at < end;
   }
 
-  mark(hits, now = null) {
+  mark(hits, now = null, goes = true) {
     this.hits = hits;
     this.hitStarts = hits.map(([start]) => start);
     this.now = now;
-    if (now) this.reveal(now[0]);
+    if (now && goes) this.reveal(now[0]);
     this.redraw();
   }
 
-  drift(drifts) {
+  drift(drifts, checked) {
     this.drifts = drifts;
+    this.checked = checked;
     this.driftStarts = drifts.map((one) => one.start);
     this.redraw();
   }
 
   colour(mode) {
+    if (mode === this.mode) return;
     this.mode = mode;
     this.redraw();
   }
@@ -313,6 +345,8 @@ export class Tokens {
   }
 
   close() {
+    this.isGone = true;
+    clearTimeout(this.pause);
     this.watching.disconnect();
   }
 }

@@ -1,6 +1,6 @@
 // A session's turns as a tree: branches are indented where they leave, and say why.
 
-import { chip, count, h, plain } from "./dom.js";
+import { chip, count, h, place, plain } from "./dom.js";
 
 /** Turns in the order in which they are shown, each with its depth: forks come before what simply goes on. */
 function laidOut(turns) {
@@ -29,24 +29,41 @@ export class Tree {
     this.choose = choose;
     this.element = h("div", { class: "tree", role: "tree", "aria-label": "Turns", onkeydown: (event) => this.key(event) });
     this.items = new Map();
+    this.looks = new Map(); // turn → what its item was made of
+    this.selected = null;
   }
 
-  draw(session, selected, path) {
+  /** `grown`: nobody went anywhere, so the selected turn is followed only where it was in view. */
+  draw(session, selected, path, grown = false) {
     const ends = new Map(session.branches.map((branch) => [branch.branch_id, branch]));
     const on = new Set(path);
-    const focused = this.element.contains(document.activeElement);
-    this.items = new Map(laidOut(session.turns).map(([turn, depth]) => [turn.turn_id, this.item(turn, depth, ends.get(turn.turn_id), turn.turn_id === selected, on)]));
-    this.element.replaceChildren(...this.items.values());
-    const now = this.items.get(selected) ?? this.element.firstElementChild;
-    if (now) {
-      now.tabIndex = 0;
-      if (focused) now.focus({ preventScroll: true });
+    const focused = this.element.contains(document.activeElement) ? document.activeElement.dataset.turn : null;
+    const follows = selected !== this.selected && (!grown || this.isSeen(this.items.get(this.selected)));
+    const items = new Map();
+    for (const [turn, depth] of laidOut(session.turns)) {
+      const facts = [turn, depth, ends.get(turn.turn_id), turn.turn_id === selected, on.has(turn.turn_id)];
+      const look = JSON.stringify(facts);
+      items.set(turn.turn_id, this.looks.get(turn.turn_id) === look ? this.items.get(turn.turn_id) : this.item(...facts));
+      this.looks.set(turn.turn_id, look);
     }
+    this.items = items;
+    this.selected = selected;
+    place(this.element, [...items.values()]);
+    const current = items.get(focused) ?? items.get(selected) ?? this.element.firstElementChild;
+    for (const item of items.values()) item.tabIndex = item === current ? 0 : -1;
+    if (focused) current.focus({ preventScroll: true });
+    if (follows) items.get(selected)?.scrollIntoView({ block: "nearest" });
   }
 
-  item(turn, depth, end, selected, on) {
+  isSeen(item) {
+    if (!item) return true;
+    const [its, pane] = [item.getBoundingClientRect(), this.element.parentElement.getBoundingClientRect()];
+    return its.bottom > pane.top && its.top < pane.bottom;
+  }
+
+  item(turn, depth, end, selected, isOn) {
     const item = h("div", {
-      class: `turn ${end ? "end" : ""} ${on.has(turn.turn_id) ? "on-path" : ""}`, role: "treeitem", tabindex: "-1",
+      class: `turn ${end ? "end" : ""} ${isOn ? "on-path" : ""}`, role: "treeitem", tabindex: "-1",
       "aria-level": depth + 1, "aria-selected": String(selected), data: { turn: turn.turn_id },
       onclick: () => this.choose(turn.turn_id),
     },
@@ -59,7 +76,8 @@ export class Tree {
         turn.finish_reason === "length" ? chip("cut: length", "bad") : null,
         turn.reward === null ? null : chip(`reward ${turn.reward}`)),
       h("span", { class: "preview" }, plain(turn.preview) || "(nothing said)"),
-      end ? h("span", { class: "head preview" }, `branch of ${count(end.num_tokens)} tokens, ${count(end.num_trained)} trained`) : null);
+      end ? h("span", { class: "head preview" }, `branch of ${count(end.num_tokens)} tokens, ${count(end.num_trained)} trained`,
+        end.reward === null ? null : chip(`reward ${end.reward}`)) : null);
     item.style.paddingInlineStart = `${14 + 18 * Math.min(depth, 8)}px`;
     return item;
   }
