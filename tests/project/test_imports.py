@@ -62,7 +62,8 @@ LAYERS: dict[str, set[str]] = {
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
         *CORE, "addresses", "audit", "cli", "demo", "doctor", "engines", "export", "formatfile", "formats",
-        "gateway", "model", "report", "scale", "shown", "stores", "tokenizer", "verify", "viewer", "volatile", "",
+        "gateway", "model", "report", "scale", "shown", "stores", "tokenizer", "verify", "viewer",
+        "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {
