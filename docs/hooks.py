@@ -4,7 +4,6 @@ r"""What the manual's build adds to mkdocs: sources that pages link to, pictures
   code host the same link leads to the file itself.
 - An SVG of docs/images/ stands in the page as it is, so that its `currentColor` is the text's, light or dark.
 - A pipe in a table's code is written `\|`, as code hosts want it, and shown as a pipe.
-- A page of `LATER` may be missing: the parts that they describe arrive on their own.
 """
 
 import html
@@ -17,29 +16,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-LATER = ("viewer.md", "report.md", "doctor.md", "troubleshooting.md")
-
 _LINK = re.compile(r"(?<=\]\()((?:\.\./)+[^)#\s]+)")
 _PICTURE = re.compile(r'<p><img alt="([^"]*)" src="[^"]*?images/([a-z-]+\.svg)"\s*/?></p>')
 _CELL = re.compile(r"<td>.*?</td>", re.DOTALL)
 _LANGUAGES = {".py": "python", ".toml": "toml", ".sh": "sh", ".yml": "yaml", ".yaml": "yaml"}
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out of the navigation what is not there yet."""
-    missing = {name for name in LATER if not (Path(config.docs_dir) / name).exists()}
-    config.nav = _without(config.nav, missing)
-    return config
-
-
-def _without(nav: Any, missing: set[str]) -> Any:
-    if isinstance(nav, list):
-        return [
-            _without(entry, missing) for entry in nav if not (isinstance(entry, str) and entry in missing)
-        ]
-    if isinstance(nav, dict):
-        return {title: _without(entry, missing) for title, entry in nav.items()}
-    return nav
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

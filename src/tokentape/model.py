@@ -53,10 +53,12 @@ def model_sizes(directory: Path) -> ModelSizes:
     """Read `config.json` and `generation_config.json`, where they are.
 
     Raises:
-        ConfigError: a file is not JSON.
+        ConfigError: a file is not JSON, or says something else than numbers.
     """
     config = _read(directory / "config.json")
     text: dict[str, Any] = config.get("text_config") or config  # multimodal models nest it
+    if not isinstance(text, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  # of a file
+        raise ConfigError(f"{directory}: text_config is no object; copy config.json from its repository")
     eos_ids: set[int] = set()
     for source in (config, text, _read(directory / "generation_config.json")):
         eos: int | list[int] | None = source.get("eos_token_id")
@@ -67,15 +69,29 @@ def model_sizes(directory: Path) -> ModelSizes:
                 "correct it in config.json or generation_config.json"
             )
         eos_ids.update(listed)
-    return ModelSizes(text.get("vocab_size"), text.get("max_position_embeddings"), frozenset(eos_ids))
+    return ModelSizes(
+        _size(directory, text, "vocab_size"),
+        _size(directory, text, "max_position_embeddings"),
+        frozenset(eos_ids),
+    )
+
+
+def _size(directory: Path, config: dict[str, Any], name: str) -> int | None:
+    size: object = config.get(name)
+    if size is None or (isinstance(size, int) and size > 0):
+        return size
+    raise ConfigError(f"{directory}: {name} is {size!r}, not a number of them; correct it in config.json")
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} is not JSON: {error}; copy it from the model's repository again"
         ) from error
+    if not isinstance(read, dict):
+        raise ConfigError(f"{path} is not a JSON object; copy it from the model's repository again")
+    return read  # pyright: ignore[reportUnknownVariableType]  # of a file

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sqlite3
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from tokentape.cli import main
 from tokentape.doctor import Check, Status
 from tokentape.doctor.checks import Checks, is_well
 from tokentape.doctor.engine import check_engine
-from tokentape.doctor.machine import Requirement, check_machine, check_packages, parse, satisfies
+from tokentape.doctor.machine import _EXTRAS, Requirement, check_machine, check_packages, parse, satisfies
 from tokentape.doctor.model import Model, check_model
+from tokentape.doctor.same import other_directory
 from tokentape.doctor.show import table
 from tokentape.doctor.sqlite import check_sqlite
 from tokentape.errors import ConfigError
 from tokentape.model import TINY_MODEL
 from tokentape.store import SessionRecord, SQLiteStore
 from tokentape.stores import open_store
-from tokentape.testing import FakeSGLang, Fault, Reply, byte_level_tokenizer, write_model_dir
+from tokentape.testing import FakeSGLang, Fault, byte_level_tokenizer, write_model_dir
 
 OK, WARNING, WRONG = Status.OK, Status.WARNING, Status.WRONG
 
@@ -81,6 +83,11 @@ def test_packages() -> None:
     assert not_ok(checks.found) == {}
 
 
+def test_every_extra_says_what_it_is_for() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) == set(_EXTRAS)
+
+
 def test_a_port_that_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -89,7 +96,8 @@ def test_a_port_that_is_taken() -> None:
         assert statuses(check_machine("127.0.0.1", port))["port"] is WARNING
     assert statuses(check_machine("127.0.0.1", port))["port"] is OK
     assert statuses(check_machine("192.0.2.1", 0))["port"] is WRONG
-    assert statuses(check_machine("no.such.host.invalid", 0))["port"] is WRONG
+    for host in ("no.such.host.invalid", "a..b"):
+        assert statuses(check_machine(host, 0))["port"] is WRONG
 
 
 def test_little_memory(tmp_path: Path) -> None:
@@ -152,6 +160,33 @@ def test_models_that_are_not(directory: Path, tmp_path: Path) -> None:
     assert not_ok(check_model(str(directory))[1]) == {"tokenizer": WRONG}
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "wrong"),
+    [
+        ("config.json", "[]", "configuration"),
+        ("config.json", '{"text_config": [1]}', "configuration"),
+        ("config.json", '{"vocab_size": "300"}', "configuration"),
+        ("config.json", '{"vocab_size": 1024, "max_position_embeddings": [1]}', "configuration"),
+        ("generation_config.json", "null", "configuration"),
+        ("generation_config.json", '{"eos_token_id": 99999}', "end of turn"),
+        ("generation_config.json", '{"eos_token_id": [-1]}', "end of turn"),
+        ("tokenizer_config.json", "[]", "template"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "tokenizer"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", "prompt"),
+        ("chat_template.jinja", "{{ messages.x.y }}", "prompt"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be(directory: Path, name: str, text: str, wrong: str) -> None:
+    (directory / name).write_text(text)
+    args = ["doctor", "--model", str(directory), "--port", "0"]
+    done = CliRunner().invoke(main, [*args, "--json"])
+    assert done.exit_code == 1, done.output
+    statuses = {check["name"]: check["status"] for check in json.loads(done.output)["checks"]}
+    assert [name for name, status in statuses.items() if status == "wrong"] == [wrong]
+    done = CliRunner().invoke(main, args)
+    assert (done.exit_code, "1 wrong" in done.output) == (1, True)
+
+
 def test_no_end_of_turn(directory: Path) -> None:
     changed(directory / "config.json", eos_token_id=None)
     changed(directory / "tokenizer_config.json", eos_token=None)
@@ -197,7 +232,8 @@ async def test_engines_that_are_not(model: Model) -> None:
     async with FakeSGLang(byte_level_tokenizer()) as fake:
         url = fake.url
     assert statuses(await check_engine(url, model)) == {"reachable": WRONG}
-    assert statuses(await check_engine("localhost:30000", model)) == {"reachable": WRONG}
+    for bad in ("localhost:30000", "http://[::1", "http://h:99999"):
+        assert statuses(await check_engine(bad, model)) == {"reachable": WRONG}
     async with FakeSGLang(byte_level_tokenizer()) as fake:
         assert statuses(await check_engine(f"{fake.url}/v1", model)) == {"reachable": WRONG}
 
@@ -221,8 +257,32 @@ async def test_another_tokenizer(model: Model) -> None:
     other = byte_level_tokenizer(special=("<a>", "<b>", "<c>"), added=())
     other.add_tokens(["Hello, world!"])  # pyright: ignore[reportUnknownMemberType]
     async with FakeSGLang(other, vocab_size=1000) as fake:
-        fake.script(Reply(ids=[40, 41]))
-        assert not_ok(await check_engine(fake.url, model)) == {"tokenizer": WRONG}
+        found = not_ok(await check_engine(fake.url, model))
+        assert found == {"tokenizer": WRONG, "log-probabilities": WARNING}
+        assert fake.requests == []  # it may not know the ids
+
+
+async def test_a_model_with_more_tokens(model: Model) -> None:
+    """All texts make the same ids, until somebody writes the last token."""
+    older = byte_level_tokenizer(added=())
+    assert older.get_vocab_size() < model.vocab_size
+    async with FakeSGLang(older) as fake:
+        assert statuses(await check_engine(fake.url, model))["tokenizer"] is WRONG
+        assert fake.requests == []
+        assert fake.alive
+
+
+def test_a_directory_saved_again_is_the_same_model(directory: Path) -> None:
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
+    assert path.read_bytes() != (TINY_MODEL / "tokenizer.json").read_bytes()
+    assert other_directory(directory, TINY_MODEL) is None
+    spec = json.loads(path.read_text())
+    last = max(spec["model"]["vocab"], key=spec["model"]["vocab"].__getitem__)
+    spec["model"]["merges"] = [m for m in spec["model"]["merges"] if "".join(m).replace(" ", "") != last]
+    del spec["model"]["vocab"][last]
+    path.write_text(json.dumps(spec))
+    assert other_directory(directory, TINY_MODEL) == f"{directory} has another tokenizer.json"
 
 
 async def test_a_bos_is_no_other_tokenizer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +492,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "nothing is wrong" in done.output
     assert CliRunner().invoke(main, ["doctor", "--port", "x"]).exit_code == 2
+    (tmp_path / "f.toml").write_text("garbage")
+    done = CliRunner().invoke(main, ["doctor", "--port", "0", "--formats", str(tmp_path / "f.toml")])
+    assert (done.exit_code, "f.toml" in done.output) == (2, True)  # also without a model
 
 
 def test_what_a_stranger_says_is_text() -> None:

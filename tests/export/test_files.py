@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,3 +252,23 @@ def test_json_columns_are_named(tmp_path: Path) -> None:
     schema = pq.read_schema(out)
     assert json.loads(schema.metadata[b"tokentape.json_columns"]) == ["extra_fields", "metrics"]
     assert msgspec.json.decode(pq.read_table(out).to_pylist()[0]["metrics"]) == {}
+
+
+def test_devices_and_links_stay_what_they_are(tmp_path: Path) -> None:
+    store = stored(tmp_path / "s.sqlite")
+    folder, device, elsewhere = tmp_path / "f", tmp_path / "f" / "pipe", tmp_path / "real.jsonl"
+    folder.mkdir()
+    (folder / "link.jsonl").symlink_to(elsewhere)
+    for _ in range(2):  # also where the file is there
+        exported(store, folder / "link.jsonl")
+        assert (folder / "link.jsonl").is_symlink()
+        assert len(elsewhere.read_text().splitlines()) == 4
+    os.mkfifo(device)
+    read = list[bytes]()
+    reader = threading.Thread(target=lambda: read.append(device.read_bytes()))
+    reader.start()
+    exported(store, device, "--format", "slime")
+    reader.join(10)
+    assert read[0].startswith(b"PAR1")
+    assert device.is_fifo()
+    assert sorted(path.name for path in folder.iterdir()) == ["link.jsonl", "pipe"]

@@ -14,6 +14,7 @@ TEXT = {*CORE, "outline", "template", "tokenizer", "untrusted"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
+    "addresses": set(),
     "metrics": set(),
     "invariants": set(),
     "model": {"errors"},
@@ -41,9 +42,9 @@ LAYERS: dict[str, set[str]] = {
     "postgres": {*CORE, "postgres_connections", "postgres_dsn", "postgres_sql", "tape", "schema", "store"},
     "stores": {*CORE, "postgres", "store"},
     "export": {*CORE, "export", "tape", "tree", "schema", "store"},
-    "verify": {*CORE, "engines.sglang_score", "export", "invariants", "tape", "tokenizer", "verify"},
+    "verify": {*CORE, "engines.sglang_score", "export", "invariants", "shown", "tape", "tokenizer", "verify"},
     "shown": set(),
-    "report": {*CORE, "export", "report", "schema", "shown", "tape", "tokenizer", "verify"},
+    "report": {*CORE, "addresses", "export", "report", "schema", "shown", "tape", "tokenizer", "verify"},
     "doctor": {
         *TEXT, "audit", "doctor", "engines", "formats", "model", "postgres_dsn", "render", "schema", "shown",
     },
@@ -51,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
         *CORE, "engines.sglang_score", "export", "schema", "store", "tape", "tokenizer", "tree",
         "verify.turns", "viewer",
     },
-    "engines": {*CORE, "engines"},
+    "engines": {*CORE, "addresses", "engines"},
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
         *TEXT, "constrain", "conversation", "engines", "export", "formats", "gateway", "metrics", "model",
@@ -60,8 +61,9 @@ LAYERS: dict[str, set[str]] = {
     "scale": {*CORE, "engines.server", "gateway", "scale", "store", "stores"},
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
-        *CORE, "audit", "cli", "demo", "doctor", "engines", "export", "formatfile", "formats", "gateway",
-        "model", "report", "scale", "stores", "tokenizer", "verify", "viewer", "volatile", "",
+        *CORE, "addresses", "audit", "cli", "demo", "doctor", "engines", "export", "formatfile", "formats",
+        "gateway", "model", "report", "scale", "shown", "stores", "tokenizer", "verify", "viewer",
+        "volatile", "",
     },
     "clients": {*CORE, "gateway"},
     "inprocess": {

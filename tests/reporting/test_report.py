@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from samples import Json, many, sample, write
 
 import tokentape
@@ -27,8 +28,9 @@ from tokentape.model import TINY_MODEL
 from tokentape.report import Report, report
 from tokentape.report.links import checked_viewer, sample_link
 from tokentape.report.page import POLICY, page
+from tokentape.report.show import summary
 from tokentape.report.spread import OTHERS, Names, Spread
-from tokentape.schema import SAMPLES
+from tokentape.schema import SAMPLES, SCHEMA_VERSION, VERSION_KEY
 from tokentape.shown import shown
 from tokentape.testing import byte_level_tokenizer, write_model_dir
 from tokentape.tokenizer import Tokenizer
@@ -119,6 +121,77 @@ def test_groups(tmp_path: Path) -> None:
     assert found.groups.sizes.largest == 3
 
 
+def test_branches_of_one_session_are_no_group(tmp_path: Path) -> None:
+    rows = [sample(f"a{n}", session="A", group="g") for n in range(3)]
+    rows += [sample("b", group="h"), sample("c", group="h"), sample("d", group="h", session="s-c")]
+    found = report(write(tmp_path / "f.parquet", rows))
+    assert (found.groups.num_groups, found.groups.num_equal) == (2, 1)
+    assert "2 groups of 3 samples. In 1 (50%) all rewards are equal" in page(found)
+
+
+@pytest.mark.parametrize("size", [4, 5, 6, 8])
+def test_a_reward_far_from_its_groups(tmp_path: Path, size: int) -> None:
+    rows = [sample(f"g{g}m{m}", group=f"g{g}", reward=g / 10) for g in range(20) for m in range(size)]
+    rows[0]["reward"] = 100.0
+    (odd,) = report(write(tmp_path / "f.parquet", rows)).odd
+    assert (odd.sample_id, [one.fact for one in odd.oddities]) == ("g0m0", ["reward"])
+    rows[1]["reward"] = 100.0  # two of so few are no outliers
+    assert report(write(tmp_path / "f.parquet", rows)).odd == ()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_says_nothing_of_its_group(tmp_path: Path, bad: float) -> None:
+    rows = [sample(f"g{g}m{m}", group=f"g{g}", reward=g / 10) for g in range(5) for m in range(8)]
+    rows[0]["reward"] = bad
+    found = report(write(tmp_path / "f.parquet", rows))
+    assert found.odd == ()
+    assert (found.groups.num_equal, found.rewards.missing) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [1.7976931348623157e308, -1.7976931348623157e308, 0.0],
+        [1e200, 1.0, 2.0],
+        [5e-324, 0.0, 1e-323],
+        [1.7e308, 1e300, 3.0],
+        [1e-300, 1e-200, 1e300],
+    ],
+)
+def test_rewards_of_any_size(tmp_path: Path, rewards: list[float]) -> None:
+    rows = [sample(f"r{n}", group="g", reward=r) for n, r in enumerate(3 * rewards)]
+    found = report(write(tmp_path / "f.parquet", rows))
+    assert sum(one.count for one in found.rewards.bins) == 9
+    assert len(max(re.findall(r"[\d,.e+-]+", Page(page(found)).text), key=len)) < 30
+    assert len(max(re.findall(r"[\d,.e+-]+", printed(found)), key=len)) < 30
+
+
+def test_a_spread_far_from_zero() -> None:
+    spread = Spread()
+    for value in (1e9 + 1, 1e9 + 2, 1e9 + 3):
+        spread.add(value)
+    assert spread.distribution().deviation == pytest.approx(math.sqrt(2 / 3))
+
+
+def test_older_and_newer_files(tmp_path: Path, rows: list[Json], found: Report) -> None:
+    """One of version 1 is read; one of a version that is not known yet might mean something else."""
+    path, newer = tmp_path / "f.parquet", str(SCHEMA_VERSION + 1)
+    later = ("group_id", "label", "label_by", "sampling_logprobs", "support", "routed_experts")
+    gone = ("label", "logprob_basis", "reward")
+    turns = [[{k: v for k, v in turn.items() if k not in gone} for turn in row["turns"]] for row in rows]
+    table = pa.Table.from_pylist(rows, schema=SAMPLES).drop_columns([*later, "turns"])
+    table = table.append_column("turns", pa.array(turns))
+    pq.write_table(table.replace_schema_metadata({VERSION_KEY: "1"}), path)
+    read = report(path)
+    assert (read.rewards, read.staleness, read.turns) == (found.rewards, found.staleness, found.turns)
+    assert read.labels == {"(not recorded)": len(rows)}
+    assert (read.groups.num_groups, [*read.logprob_bases]) == (0, ["sampled"])
+    current = pa.Table.from_pylist(rows, schema=SAMPLES)
+    pq.write_table(current.replace_schema_metadata({VERSION_KEY: newer}), path)
+    with pytest.raises(ConfigError, match="use a newer tokentape"):
+        report(path)
+
+
 def test_staleness(tmp_path: Path) -> None:
     rows = [
         sample("a", versions=("9",)),
@@ -136,9 +209,32 @@ def test_staleness(tmp_path: Path) -> None:
     assert stale.mean_age == pytest.approx((2 * 15 + 5) / 25)
     assert {b.low: b.count for b in stale.ages.bins} == {0: 1, 2: 2}  # of the oldest token
     assert {b.low: b.count for b in stale.spans.bins} == {0: 2, 1: 1}
-    named = [sample("a", versions=("warm",)), sample("b", versions=("cold", "warm"))]
-    stale = report(write(tmp_path / "g.parquet", named)).staleness
-    assert [v.version for v in stale.versions] == ["warm", "cold"]  # as they come
+
+
+@pytest.mark.parametrize("form", ["step-{}", "v{}", "run1.{}", "{}"])
+def test_versions_are_ordered_by_the_numbers_in_their_names(tmp_path: Path, form: str) -> None:
+    """Rows come by session: their order says nothing of the weights'."""
+    rows = [sample(f"t{n}", turns=1, versions=(form.format(n),)) for n in (20, 4, 8, 100)]
+    stale = report(write(tmp_path / "f.parquet", rows)).staleness
+    expected = [(form.format(n), age) for n, age in ((4, 3), (8, 2), (20, 1), (100, 0))]
+    assert [(v.version, v.age) for v in stale.versions] == expected
+    assert stale.mean_age == 1.5
+
+
+def test_versions_without_an_order_have_no_ages(tmp_path: Path) -> None:
+    named = [sample("a", versions=("warm",)), sample("b", versions=("default", "warm"))]
+    found = report(write(tmp_path / "g.parquet", named))
+    stale = found.staleness
+    assert [(v.version, v.age) for v in stale.versions] == [("warm", None), ("default", None)]
+    assert (stale.mean_age, stale.ages.count, stale.spans.count, stale.num_mixed) == (None, 0, 0, 1)
+    assert "Which is older nobody knows" in page(found)
+    assert "in no known order" in printed(found)
+
+
+def printed(found: Report) -> str:
+    console = Console(record=True, width=200)
+    console.print(summary(found))
+    return console.export_text()
 
 
 def test_oddities_are_found_and_explained(tmp_path: Path) -> None:
@@ -363,7 +459,15 @@ def test_bins_hold_every_value() -> None:
 
 def test_links() -> None:
     assert sample_link("https://h/ui/", "a b/#", "é") == "https://h/ui/#/s/a%20b%2F%23?b=%C3%A9&tab=tokens"
-    for url in ("javascript:alert(1)", "file:///etc/passwd", "h/ui", "http://h/#x", ""):
+    for url in (
+        "javascript:alert(1)",
+        "file:///etc/passwd",
+        "h/ui",
+        "http://h/#x",
+        "",
+        "http://[::1",
+        "http://h:99999/",
+    ):
         with pytest.raises(ConfigError, match="links only to http"):
             checked_viewer(url)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import gc
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,10 @@ from tokentape.engines.local import LocalEngine
 from tokentape.engines.server import make_app, serve
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.engines.sglang_score import Scores
-from tokentape.errors import ConfigError
+from tokentape.errors import ConfigError, EngineFailed
 from tokentape.model import TINY_MODEL
 from tokentape.schema import SAMPLES
-from tokentape.testing import FakeSGLang
+from tokentape.testing import FakeSGLang, byte_level_tokenizer
 from tokentape.tokenizer import Tokenizer
 from tokentape.verify import Report, verify
 
@@ -420,9 +421,9 @@ async def test_an_id_that_would_kill_a_real_server_is_not_sent(recorded: Rows, t
 # -- the command
 
 
-async def run(*arguments: str) -> tuple[int, str, str]:
+async def run(*arguments: str, command: str = "verify") -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(
-        "tokentape", "verify", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        "tokentape", command, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     out, err = await process.communicate()
     assert process.returncode is not None
@@ -458,6 +459,37 @@ async def test_a_router_whose_servers_differ_is_no_judge(recorded: Rows, tmp_pat
         a.weight_version = "7"
         code, _, err = await run(str(good), "--engine", router.url, "--model", str(TINY_MODEL))
     assert (code, "different weights" in err) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["verify", "report"])
+async def test_an_engine_with_another_model_is_not_sent_ids(
+    recorded: Rows, tmp_path: Path, command: str
+) -> None:
+    good = written(tmp_path / "good.parquet", recorded)
+    async with FakeSGLang(byte_level_tokenizer()) as fake:
+        arguments = (str(good), "--engine", fake.url, "--model", str(TINY_MODEL))
+        code, _, err = await run(*arguments, command=command)
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+        assert "the engine has another model" in err
+        assert fake.requests == []
+
+
+async def test_what_fails_beside_the_first_is_not_told_on_its_own(
+    recorded: Rows, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing:
+        async def score(self, ids: Any, start: int, temperature: float = 1.0) -> Scores:
+            del ids, start, temperature
+            raise EngineFailed("down")
+
+    path = written(tmp_path / "f.parquet", [*recorded, *recorded])
+    with pytest.raises(EngineFailed):
+        await verify(
+            path, Failing(), engine_version=None, vocab_size=VOCAB, tolerance=1.0, max_share=0.0,
+            concurrency=1 + len(recorded),
+        )  # fmt: skip
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_the_command(engine: LocalEngine, recorded: Rows, tmp_path: Path) -> None:

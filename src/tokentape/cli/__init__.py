@@ -3,6 +3,9 @@
 One file a command; `options` has what several of them take.
 """
 
+import errno
+import io
+import sys
 from typing import Any
 
 import click
@@ -19,10 +22,20 @@ from tokentape.cli.top import top
 from tokentape.cli.verify import verify
 from tokentape.cli.view import view
 from tokentape.errors import TokentapeError
+from tokentape.shown import shown
+
+_MOST = 2000  # characters of an error
+_IN_USE = "stop what listens there, or give another --port (0 picks a free one)"
 
 
 class _Group(click.Group):
     """An error becomes one line and exit code 2; `--help` lists commands in the order of use."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        # A terminal or a pipe that is not UTF-8 gets what it cannot show escaped: no reason to fail.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportUnknownMemberType]
+        return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
@@ -32,11 +45,19 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except TokentapeError as error:
-            click.echo(f"tokentape: {' '.join(str(error).split())}", err=True)
+            _say(error)
             ctx.exit(2)
         except OSError as error:  # an address in use, a directory that cannot be written
-            click.echo(f"tokentape: {error}", err=True)
+            if error.errno == errno.EPIPE:
+                raise  # nobody reads on, as in `… | head`: click ends quietly
+            _say(error, _IN_USE if error.errno == errno.EADDRINUSE else None)
             ctx.exit(2)
+
+
+def _say(error: BaseException, advice: str | None = None) -> None:
+    """One line; engines' and files' words in it cannot act on the terminal."""
+    words = shown(" ".join(str(error).split()), _MOST)
+    click.echo(f"tokentape: {words}{'' if advice is None else f': {advice}'}", err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

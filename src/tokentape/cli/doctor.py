@@ -55,10 +55,11 @@ def doctor(
     four tokens, a store is only read. Exit code 0: nothing is wrong. 1: something is. 2: an option cannot be
     used.
     """
+    own = () if formats is None else read_formats(formats)
     checks = check_machine(host, port)
     known: Model | None = None
     if model is not None:
-        known, found = check_model(model, () if formats is None else read_formats(formats))
+        known, found = check_model(model, own)
         checks += found
     for url in engines:
         checks += uvloop.run(check_engine(url, known, engine_api_key))

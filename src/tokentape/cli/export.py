@@ -1,5 +1,6 @@
 """`tokentape export`."""
 
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ async def _write_rows(
     out: Path, batches: AsyncIterator[Any], trainer: Trainer | None, options: dict[str, Any]
 ) -> int:
     """Through a Parquet file of samples, which can be read as often as a trainer's rows look at them."""
-    kept = out.with_name(f".{out.name}.samples")
+    kept = _beside(out) / f".{out.name}.samples"
     try:
         await write_parquet(kept, batches)
         samples = FileSamples(kept)
@@ -165,3 +166,8 @@ async def _write_rows(
         return write_rows(out, make)
     finally:
         kept.unlink(missing_ok=True)
+
+
+def _beside(out: Path) -> Path:
+    """Where there is room for a file beside --out: nobody leaves one beside a device."""
+    return Path(tempfile.gettempdir()) if out.exists() and not out.is_file() else out.parent

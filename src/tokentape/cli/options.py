@@ -30,6 +30,15 @@ class StoreName(click.Path):
         return value if is_shared(value) else super().convert(value, param, ctx)
 
 
+def address(value: str) -> str:
+    """What may be looked up, as it is: the resolver raises on what can be no name."""
+    try:
+        value.encode("idna")
+    except UnicodeError as error:
+        raise click.BadParameter(f"{value!r}: give 127.0.0.1, 0.0.0.0 or a name ({error})") from error
+    return value
+
+
 STORE = StoreName(dir_okay=False, path_type=Path)
 STORE_THERE = StoreName(exists=True, dir_okay=False, path_type=Path)
 PORT = click.IntRange(0, 65535)

@@ -10,6 +10,7 @@ import uvloop
 from rich.console import Console
 
 from tokentape.cli.verify import TOLERANCES, model_of
+from tokentape.doctor.same import check_same
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import ConfigError
 from tokentape.export.files import appearing
@@ -76,9 +77,7 @@ def report(
         mismatch, model = uvloop.run(_mismatch(file, url, model, num_sessions, engine_api_key))
     tokenizer = None
     if model is not None:
-        directory = model_directory(model)
-        num_ids = model_sizes(directory).vocab_size
-        tokenizer = Tokenizer(directory / "tokenizer.json", num_ids=num_ids)
+        tokenizer = _tokenizer(model_directory(model))
     found = make_report(file, tokenizer=tokenizer, mismatch=mismatch, viewer=viewer)
     if out is None and not as_json:
         out = Path("report.html")
@@ -90,6 +89,10 @@ def report(
         return
     Console().print(summary(found), highlight=False, soft_wrap=True)
     click.echo(f"written to {out}")
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer(directory / "tokenizer.json", num_ids=model_sizes(directory).vocab_size)
 
 
 async def _mismatch(
@@ -106,8 +109,9 @@ async def _mismatch(
             )
         model = model_of(model, info.model)
         directory = model_directory(model)
-        sizes = model_sizes(directory)
-        vocab_size = sizes.vocab_size or Tokenizer(directory / "tokenizer.json").vocab_size
+        tokenizer = _tokenizer(directory)
+        await check_same(asking, info.model, directory, tokenizer)
+        vocab_size = model_sizes(directory).vocab_size or tokenizer.vocab_size
         engine = await stack.enter_async_context(
             contextlib.aclosing(SGLangEngine(config, vocab_size=vocab_size))
         )

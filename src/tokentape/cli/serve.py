@@ -16,6 +16,7 @@ from tokentape.cli.options import (
     PORT,
     SECONDS,
     STORE,
+    address,
     format_options,
     log_level_option,
     log_to_stderr,
@@ -99,7 +100,7 @@ from tokentape.volatile import RULES as VOLATILE
     hidden=True,
     help="What the parent tells one of its --workers: index, count, channel, directory.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", type=address, default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=PORT, default=8000, show_default=True, help="Port to listen on; 0 picks a free one."
 )
@@ -400,7 +401,7 @@ async def _one_of_many(config: ServiceConfig, place: Place, channel: socket.sock
 @click.option(
     "--model", default=str(TINY_MODEL), help="Model directory or hub id; default: the bundled tiny model."
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", type=address, default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=PORT, default=30000, show_default=True, help="Port to listen on; 0 picks a free one."
 )

@@ -11,6 +11,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tokentape.doctor.same import check_same
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import ConfigError
 from tokentape.export.row import sessions_in
@@ -98,6 +99,7 @@ def verify(
             directory = model_directory(model_of(model, info.model))
             sizes = model_sizes(directory)
             tokenizer = Tokenizer(directory / "tokenizer.json", num_ids=sizes.vocab_size)
+            await check_same(asking, info.model, directory, tokenizer)
             vocab_size = sizes.vocab_size or tokenizer.vocab_size
             engine = await stack.enter_async_context(
                 contextlib.aclosing(

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import uvloop
 
-from tokentape.cli.options import PORT, STORE_THERE, until_stopped
+from tokentape.cli.options import PORT, STORE_THERE, address, until_stopped
 from tokentape.engines.server import serve
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import ConfigError
@@ -32,7 +32,7 @@ _PARQUET = b"PAR1"
 )
 @click.option("--engine-api-key", envvar="TOKENTAPE_ENGINE_API_KEY", help="The key that the engine asks for.")
 @click.option("--api-key", envvar="TOKENTAPE_API_KEY", help="Require this key from the page.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", type=address, default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=PORT, default=8080, show_default=True, help="Port to listen on; 0 picks a free one."
 )

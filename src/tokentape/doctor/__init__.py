@@ -4,6 +4,7 @@ checks    what a check says, as data
 machine   Python, packages, limits, memory, a port
 model     the model directory: tokenizer, template, end of turn, format
 engine    a server: who it is, whether it has this model, whether log-probabilities come
+same      whether an engine's model is ours, before it is sent ids
 sqlite    a store in a file, looked at without touching it
 postgres  a store in PostgreSQL, likewise
 show      a table for a terminal

@@ -1,13 +1,13 @@
 """An engine: is it there, is it what it should be, do log-probabilities come?"""
 
 import contextlib
-import hashlib
 import re
 import uuid
 from pathlib import Path
 
-from tokentape.doctor.checks import Check, Checks, one_line
-from tokentape.doctor.model import Model
+from tokentape.doctor.checks import Check, Checks, Status, one_line
+from tokentape.doctor.model import HELLO, Model
+from tokentape.doctor.same import other_directory, other_tokenizer
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import (
@@ -20,14 +20,12 @@ from tokentape.errors import (
     EngineUnavailable,
     TokentapeError,
 )
-from tokentape.model import model_sizes
 from tokentape.render import Frame
-from tokentape.types import Message, Prompt, Sampling
+from tokentape.types import Prompt, Sampling
 
 _TESTED = "0.5.23"
 _OLDEST = (0, 5)
 _TIMEOUT_S = 30.0
-_PROBES = ("Hello, world! It's 10:30.", "naïve 日本語 👩‍👧\n\tx = 1  # y", "0123456789")
 # In the order of the tree: the first that fits is the nearest.
 _ADVICE: tuple[tuple[type[TokentapeError], str], ...] = (
     (EngineUnavailable, "start SGLang there, or correct --engine: python -m sglang.launch_server --port …"),
@@ -58,9 +56,13 @@ async def check_engine(url: str, model: Model | None, api_key: str | None = None
             _defaults(checks, info)
             if model is None:
                 advice = "give --model, if log-probabilities and tokenizer are to be checked"
-                checks.warn("log-probabilities", "not checked: the model is not known", advice)
+                checks.warn("log-probabilities", "not checked: there is no model that could be used", advice)
                 return checks.found
             await _tokenizer(checks, engine, model)
+            if any(one.status is Status.WRONG for one in checks.found if one.name in ("model", "tokenizer")):
+                found = "not checked: an id that the engine does not know would kill it"
+                checks.warn("log-probabilities", found, "give the --model that it serves, then ask again")
+                return checks.found
             await _logprobs(checks, engine, model)
     except TokentapeError as error:
         checks.wrong("reachable", one_line(error), _advice(error))
@@ -115,26 +117,16 @@ def _model(checks: Checks, info: EngineInfo, model: Model | None) -> None:
             advice = "be sure that both are the same model; the checks of tokenizer and ids below help"
             checks.warn("model", f"it serves {served}, --model is {model.directory}", advice)
         return
-    mine = _digest(model.directory / "tokenizer.json")
-    if _digest(there / "tokenizer.json") != mine:
-        checks.wrong("model", f"{served} has another tokenizer.json", f"give --model {served}")
-        return
-    vocab_size = model_sizes(there).vocab_size
-    if vocab_size != model.sizes.vocab_size:
-        found = f"{served} has {vocab_size} ids, --model {model.sizes.vocab_size}"
-        checks.wrong("model", found, f"give --model {served}")
+    if (differs := other_directory(there, model.directory)) is not None:
+        checks.wrong("model", differs, f"give --model {served}")
     else:
-        checks.ok("model", f"{served}: the same tokenizer, the same {vocab_size} ids")
+        checks.ok("model", f"{served}: the same tokenizer, the same {model.sizes.vocab_size} ids")
 
 
 def _of_hub(directory: Path) -> str | None:
     """The hub id of a directory in the hub's cache, as models--Qwen--Qwen3-8B/snapshots/HASH."""
     part = next((part for part in directory.parts if part.startswith("models--")), None)
     return part.removeprefix("models--").replace("--", "/") if part else None
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _context(checks: Checks, info: EngineInfo, model: Model | None) -> None:
@@ -158,24 +150,17 @@ def _defaults(checks: Checks, info: EngineInfo) -> None:
 
 
 async def _tokenizer(checks: Checks, engine: SGLangEngine, model: Model) -> None:
-    """The engine's tokenizer may put its own token before a text; ours never does."""
-    tokenizer = model.renderer.tokenizer
-    for probe in _PROBES:
-        said = await engine.tokenize(probe)
-        if said is None:
-            checks.ok("tokenizer", "it has no /tokenize: not compared")
-            return
-        mine = tokenizer.encode(probe).tolist()
-        if mine != said[len(said) - len(mine) :] or len(said) - len(mine) > 1:
-            found = f"it makes {said[:8]} of {probe[:12]!r}…, --model's tokenizer {mine[:8]}"
-            checks.wrong("tokenizer", found, "give the --model that the engine serves")
-            return
-    checks.ok("tokenizer", "makes the same ids of the same texts")
+    differs = await other_tokenizer(engine, model.renderer.tokenizer)
+    if differs is None:
+        checks.ok("tokenizer", "makes the same ids of the same texts")
+    elif not differs:
+        checks.ok("tokenizer", "it has no /tokenize: not compared")
+    else:
+        checks.wrong("tokenizer", differs, "give the --model that the engine serves")
 
 
 async def _logprobs(checks: Checks, engine: SGLangEngine, model: Model) -> None:
-    hello = Message(role="user", content="Say hello.")
-    prompt = model.renderer.render(Frame(), [hello]).run
+    prompt = model.renderer.render(Frame(), [HELLO]).run
     request = GenerateRequest(
         rid=f"doctor-{uuid.uuid4().hex}",
         prompt=Prompt(prompt),

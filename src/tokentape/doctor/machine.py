@@ -23,6 +23,7 @@ _EXTRAS: Mapping[str, str] = {
     "clients": "the SDKs' clients over a session (docs/inprocess.md)",
     "letta": "the adapter for Letta",
     "local": "the embedded engine: tokentape engine, demo",
+    "otel": "turns as OpenTelemetry spans",
     "postgres": "--store postgresql://…",
     "ray": "serve --ray, rollouts as Ray tasks",
     "demo": "tokentape demo",
@@ -154,10 +155,8 @@ def _port(checks: Checks, host: str, port: int) -> None:
         with socket.socket(address[0], address[1]) as free:
             free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             free.bind(address[4])
-    except socket.gaierror as error:
-        checks.wrong(
-            name, f"{host} is no address: {error.strerror}", "serve with --host 127.0.0.1 or 0.0.0.0"
-        )
+    except (socket.gaierror, ValueError) as error:  # "a..b" is no name, a NUL no text
+        checks.wrong(name, f"{host} is no address: {error}", "serve with --host 127.0.0.1 or 0.0.0.0")
     except OSError as error:
         found = f"{host}:{port}: {error.strerror}"
         if error.errno == errno.EADDRINUSE:

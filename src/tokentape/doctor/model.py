@@ -6,13 +6,16 @@ from pathlib import Path
 from tokentape.audit import audit
 from tokentape.audit.report import Severity
 from tokentape.doctor.checks import Check, Checks, one_line
-from tokentape.errors import ConfigError
+from tokentape.errors import ConfigError, TokentapeError
 from tokentape.formats import FORMATS, Format, detect
 from tokentape.model import ModelSizes, model_directory, model_sizes
-from tokentape.render import Renderer
+from tokentape.render import Frame, Renderer
 from tokentape.template import RESERVED, ChatTemplate
 from tokentape.tokenizer import Tokenizer
+from tokentape.types import Message
 
+HELLO = Message(role="user", content="Say hello, please.")
+"""What a model and an engine are tried with."""
 _FILES = "copy the model's own tokenizer.json, tokenizer_config.json, config.json and chat template into it"
 
 
@@ -47,6 +50,8 @@ def check_model(name: str, formats: tuple[Format, ...] = ()) -> tuple[Model | No
         return None, checks.found
     renderer = Renderer.from_dir(directory, num_ids=sizes.vocab_size)
     _end(checks, directory, renderer, sizes)
+    if not _prompt(checks, renderer):
+        return None, checks.found
     _format(checks, template, formats)
     _extension(checks, directory, name, formats)
     return Model(directory, renderer, sizes), checks.found
@@ -78,6 +83,9 @@ def _tokenizer(checks: Checks, directory: Path, sizes: ModelSizes | None) -> Tok
         checks.wrong("tokenizer", one_line(error), _FILES)
         return None
     found = f"{tokenizer.vocab_size:,} ids, read with {tokenizer.backend_name}"
+    if not tokenizer.vocab_size:
+        checks.wrong("tokenizer", f"{directory / 'tokenizer.json'} has no tokens", _FILES)
+        return None
     most = sizes.vocab_size if sizes is not None else None
     if most is not None and tokenizer.vocab_size > most:
         advice = (
@@ -118,6 +126,18 @@ def _end(checks: Checks, directory: Path, renderer: Renderer, sizes: ModelSizes)
         checks.ok("end of turn", f"eos {', '.join(map(str, sorted(eos_ids)))}")
 
 
+def _prompt(checks: Checks, renderer: Renderer) -> bool:
+    """A template that compiles may still refuse the simplest of conversations."""
+    try:
+        num_tokens = len(renderer.render(Frame(), [HELLO]).run)
+    except TokentapeError as error:
+        advice = "write the model's own template to chat_template.jinja in the directory"
+        checks.wrong("prompt", one_line(error), advice)
+        return False
+    checks.ok("prompt", f"a first message of three words makes {num_tokens} tokens")
+    return True
+
+
 def _format(checks: Checks, template: ChatTemplate, formats: tuple[Format, ...]) -> None:
     detected = detect(template, formats=(*formats, *FORMATS))
     found = f"{detected.format.name} ({detected.why})"
@@ -132,7 +152,11 @@ def _format(checks: Checks, template: ChatTemplate, formats: tuple[Format, ...])
 
 def _extension(checks: Checks, directory: Path, name: str, formats: tuple[Format, ...]) -> None:
     """What `tokentape audit` says in full."""
-    report = audit(directory, model=name, formats=formats)
+    try:
+        report = audit(directory, model=name, formats=formats)
+    except ConfigError as error:
+        checks.warn("exact extension", f"not checked: {one_line(error)}", "correct that first")
+        return
     errors = [defect.kind for defect in report.defects if defect.severity is Severity.ERROR]
     if report.exact:
         checks.ok("exact extension", "multi-turn tool use is exact: one tape a rollout")

@@ -14,12 +14,12 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
 from tokentape import errors
+from tokentape.addresses import is_http
 from tokentape.engines import router, sglang_info
 from tokentape.engines import sglang_protocol as protocol
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult, TokenChunk
@@ -63,8 +63,7 @@ class SGLangConfig:
     headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not is_http(self.url):
             raise errors.ConfigError(f"engine URL {self.url!r} must look like http://HOST:PORT")
 
 

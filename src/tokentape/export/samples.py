@@ -1,6 +1,8 @@
 """Tapes → samples: the rows that trainers read, as Arrow, Parquet or JSON."""
 
 import contextlib
+import shutil
+import tempfile
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Generator, Iterable, Sequence
 from pathlib import Path
@@ -146,19 +148,31 @@ async def write_parquet(path: Path, batches: AsyncIterator[pa.RecordBatch]) -> i
 def appearing(path: Path) -> Generator[Path]:
     """Another name to write under; the file gets its own when all went well.
 
+    A link stays one, what it leads to appears. A device or a pipe is written to: a file in its place would
+    be the whole machine's.
+
     Raises:
         ConfigError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            with tempfile.TemporaryDirectory() as folder:
+                yield (made := Path(folder) / path.name)  # Parquet cannot be written where nobody can seek
+                with made.open("rb") as source, path.open("wb") as out:
+                    shutil.copyfileobj(source, out)
+            return
+        target = path.resolve()
+        partial = target.with_name(f".{target.name}.partial")
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        partial.replace(path)
+        partial.replace(target)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
     finally:
-        with contextlib.suppress(OSError):  # a path that cannot be: nothing is there
-            partial.unlink(missing_ok=True)
+        if partial is not None:
+            with contextlib.suppress(OSError):  # a path that cannot be: nothing is there
+                partial.unlink(missing_ok=True)
 
 
 def chat_message(message: Message) -> Json:

@@ -18,7 +18,9 @@ def number(value: float | None) -> str:
     """A number for people: four digits, thousands apart; "-" where there is none."""
     if value is None:
         return "-"
-    if float(value).is_integer() and abs(value) < 1e15:
+    if abs(value) >= 1e15:
+        return f"{value:.4g}"
+    if float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 

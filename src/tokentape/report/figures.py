@@ -33,8 +33,8 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
 class Groups(msgspec.Struct, frozen=True, kw_only=True):
     """Samples that are compared with each other.
 
-    `num_equal` groups of two and more samples have one reward: no advantage, nothing to learn. `sizes` are in
-    samples. `num_ungrouped` samples have no group.
+    `num_equal` groups of two and more sessions have one reward: no advantage, nothing to learn; branches of
+    one session are no group. `sizes` are in samples. `num_ungrouped` samples have no group.
     """
 
     num_groups: int
@@ -62,10 +62,10 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VersionUse(msgspec.Struct, frozen=True, kw_only=True):
-    """What one version of the weights sampled; `age` versions have come since."""
+    """What one version of the weights sampled; `age` versions have come since, None: nobody knows."""
 
     version: str
-    age: int
+    age: int | None
     num_tokens: int
     num_samples: int
 
@@ -73,6 +73,7 @@ class VersionUse(msgspec.Struct, frozen=True, kw_only=True):
 class Staleness(msgspec.Struct, frozen=True, kw_only=True):
     """Which weights sampled, oldest first.
 
+    Where their names have no order, `versions` are those with the most tokens first, and there are no ages.
     `ages` are each sample's, of its oldest trained token; `spans` are how many versions lie between its
     oldest and its newest. `num_mixed` samples have tokens of several. `mean_age` is over trained tokens.
     """

@@ -2,6 +2,7 @@
 
 from urllib.parse import quote, urlsplit
 
+from tokentape.addresses import is_http
 from tokentape.errors import ConfigError
 
 DEFAULT_VIEWER = "http://127.0.0.1:8000/ui/"
@@ -14,8 +15,7 @@ def checked_viewer(url: str) -> str:
     Raises:
         ConfigError: it is not http:// or https://, or has a fragment.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
+    if not is_http(url) or urlsplit(url).fragment:
         raise ConfigError(
             f"--viewer {url}: a page links only to http:// and https://; give the viewer's own URL, as "
             f"{DEFAULT_VIEWER}"

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from tokentape.report.figures import Distribution, Odd, Oddity
 from tokentape.report.links import sample_link
 from tokentape.report.read import Measured
+from tokentape.report.spread import Moments
 from tokentape.shown import shown
 
 MOST = 10
@@ -21,34 +22,6 @@ _ENOUGH = 8  # fewer numbers say nothing of what is usual
 _GROUP = 4  # so many samples, and a group says what its rewards are
 _FAR = 1.5  # times the distance between the quartiles: Tukey's fence
 _SOUND = ("ok", "unknown_tool")
-
-
-@dataclass(slots=True)
-class Sums:
-    """Count, sum and sum of squares of some rewards."""
-
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-    smallest: float = math.inf
-    largest: float = -math.inf
-
-    def add(self, value: float) -> None:
-        """Count a reward."""
-        self.count += 1
-        self.total += value
-        self.squares += value * value
-        self.smallest, self.largest = min(self.smallest, value), max(self.largest, value)
-
-    @property
-    def mean(self) -> float:
-        """The mean; 0 of nothing."""
-        return self.total / self.count if self.count else 0.0
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation."""
-        return math.sqrt(max(self.squares / self.count - self.mean**2, 0.0)) if self.count else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +33,7 @@ class Usual:
     logprobs: Distribution
     branches: Distribution
     rewards: Distribution
-    groups: Mapping[str, Sums]
+    groups: Mapping[str, Moments]
     sessions: Mapping[str, int]
 
 
@@ -95,7 +68,9 @@ def _reward(sample: Measured, usual: Usual) -> Found:
         return None
     group = usual.groups.get(sample.group_id or "")
     if group is not None and group.count >= _GROUP:
-        mean, deviation, most, of = group.mean, group.deviation, 2.0, f"its group of {group.count}"
+        # None of n is farther out than √(n - 1) deviations: in small groups, nearly so far is far.
+        most = min(2.0, 0.95 * math.sqrt(group.count - 1))
+        mean, deviation, of = group.mean, group.deviation, f"its group of {group.count}"
     elif usual.rewards.count >= _ENOUGH and usual.rewards.mean is not None and usual.rewards.deviation:
         mean, deviation, most, of = usual.rewards.mean, usual.rewards.deviation, 3.0, "the file"
     else:

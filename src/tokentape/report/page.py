@@ -5,7 +5,7 @@ import hashlib
 from html import escape
 from importlib.resources import files
 
-from tokentape.report.charts import number
+from tokentape.report.charts import number, several
 from tokentape.report.figures import Report
 from tokentape.report.sections import SECTIONS
 from tokentape.shown import shown
@@ -59,14 +59,14 @@ def _tiles(report: Report) -> str:
     spread = "" if rewards.deviation is None else f"± {rewards.deviation:.3g}, {rewards.missing} without"
     mismatch = report.mismatch
     tiles = [
-        ("samples", number(report.num_samples), f"of {number(report.num_sessions)} sessions"),
+        ("samples", number(report.num_samples), f"of {several(report.num_sessions, 'session')}"),
         ("turns trained", number(report.num_turns), f"{number(report.turns.mean)} a sample in the mean"),
         ("tokens trained", number(budget.trained), share),
-        ("mean reward", "-" if rewards.mean is None else f"{rewards.mean:.3g}", spread),
+        ("mean reward a sample", "-" if rewards.mean is None else f"{rewards.mean:.3g}", spread),
         (
             "cut by length",
             f"{report.num_truncated / report.num_samples:.1%}",
-            f"{number(report.num_truncated)} samples",
+            several(report.num_truncated, "sample"),
         ),
         (
             "mean mismatch",
@@ -88,4 +88,4 @@ def _drift(report: Report) -> tuple[str, str, str]:
     if drift is None or not drift.num_turns:
         return "would drift", "-", "not recomputed" if drift is None else "no turn is trained"
     share = f"{drift.num_drifted / drift.num_turns:.1%}"
-    return "would drift", share, f"{number(drift.num_drifted)} turns, if kept as text"
+    return "would drift", share, f"{several(drift.num_drifted, 'turn')}, if kept as text"

@@ -14,10 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokentape.errors import ConfigError
-from tokentape.schema import SAMPLES
+from tokentape.export.upgrade import schema_version, upgrade
+from tokentape.schema import SAMPLES, SCHEMA_VERSION
 from tokentape.types import Json
 
 _ROWS = 64
+_UNKNOWN = "(not recorded)"
 _SCALARS = ("session_id", "sample_id", "group_id", "branch_reason", "label", "reward", "truncated")
 _COLUMNS = (*_SCALARS, "num_prompt_tokens", "loss_mask", "logprobs", "weight_versions", "turns")
 
@@ -53,11 +55,16 @@ def measured(path: Path, *, with_ids: bool = False) -> Iterator[Measured]:
 
     Raises:
         ConfigError: it is no Parquet file of samples: not one at all, damaged, or a column is missing, of
-            another type or null.
+            another type or null; or its schema version is newer than this tokentape's.
     """
     columns = (*_COLUMNS, "token_ids") if with_ids else _COLUMNS
     try:
         with pq.ParquetFile(path) as file:
+            stated = schema_version(str(path), file.schema_arrow)  # a newer one may mean something else
+            if stated is not None and stated < SCHEMA_VERSION:
+                for batch in _upgraded(path, file):
+                    yield from _batch({name: _column(batch, name) for name in columns})
+                return
             missing = [name for name in columns if name not in file.schema_arrow.names]
             if missing:
                 raise ConfigError(
@@ -70,6 +77,19 @@ def measured(path: Path, *, with_ids: bool = False) -> Iterator[Measured]:
         raise ConfigError(
             f"{path} is not a Parquet file of samples: {error}; export it again with `tokentape export`"
         ) from error
+
+
+def _upgraded(path: Path, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """Rows of an older version as today's: what nobody wrote down is named so."""
+    convert = upgrade(str(path), file.schema_arrow)
+    for batch in file.iter_batches(batch_size=_ROWS):
+        rows = [dict(convert(row)) for row in batch.to_pylist()]
+        for row in rows:
+            row["label"] = row["label"] or _UNKNOWN
+            row["turns"] = [
+                {**turn, "logprob_basis": turn["logprob_basis"] or _UNKNOWN} for turn in row["turns"]
+            ]
+        yield pa.RecordBatch.from_pylist(rows, schema=SAMPLES)
 
 
 def _column(batch: pa.RecordBatch, name: str) -> Any:

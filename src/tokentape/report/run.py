@@ -3,8 +3,10 @@
 In memory are a few samples, and a few numbers for each session, group and version of the weights.
 """
 
+import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +14,6 @@ from tokentape.errors import ConfigError
 from tokentape.report.drift import Drifting
 from tokentape.report.figures import (
     Budget,
-    Distribution,
     Groups,
     Mismatch,
     Report,
@@ -20,10 +21,9 @@ from tokentape.report.figures import (
     VersionUse,
 )
 from tokentape.report.links import DEFAULT_VIEWER, checked_viewer
-from tokentape.report.odd import Oddest, Sums, Usual
+from tokentape.report.odd import Oddest, Usual
 from tokentape.report.read import Measured, measured
-from tokentape.report.spread import Names, Spread
-from tokentape.tape import version_order
+from tokentape.report.spread import Moments, Names, Spread
 from tokentape.tokenizer import Tokenizer
 
 
@@ -51,7 +51,7 @@ def report(
     if not whole.num_samples:
         raise ConfigError(f"{path} has no samples: nothing to report; were the sessions exported?")
     usual = whole.usual()
-    oddest, stale = Oddest(usual), _Stale(version_order([*whole.versions]))
+    oddest, stale = Oddest(usual), _Stale(places(whole.versions))
     for sample in measured(path):
         oddest.add(sample)
         stale.add(sample)
@@ -114,11 +114,13 @@ class _Whole:
     finishes: Names = field(default_factory=Names)
     bases: Names = field(default_factory=Names)
     sessions: Counter[str] = field(default_factory=Counter[str])
-    groups: dict[str, Sums] = field(default_factory=lambda: defaultdict[str, Sums](Sums))
+    groups: dict[str, Moments] = field(default_factory=lambda: defaultdict[str, Moments](Moments))
+    rewarded: Counter[str] = field(default_factory=Counter[str])
     group_sizes: Counter[str] = field(default_factory=Counter[str])
     versions: Counter[str] = field(default_factory=Counter[str])
     samples_of: Counter[str] = field(default_factory=Counter[str])
     _tokens: Counter[str] = field(default_factory=Counter[str])
+    _rewarded_sessions: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
     def add(self, sample: Measured) -> None:
         self.num_samples += 1
@@ -136,12 +138,20 @@ class _Whole:
             self.num_ungrouped += 1
         else:
             self.group_sizes[sample.group_id] += 1
-            if sample.reward is not None:
-                self.groups[sample.group_id].add(sample.reward)
+            self._add_reward(sample.group_id, sample)
         for version, count in sample.versions:
             self.versions[version] += count
         self.samples_of.update({version for version, _ in sample.versions})
         self._add_turns(sample)
+
+    def _add_reward(self, group_id: str, sample: Measured) -> None:
+        """One that is no finite number says nothing of the others. Branches of a session are one episode."""
+        if sample.reward is None or not math.isfinite(sample.reward):
+            return
+        self.groups[group_id].add(sample.reward)
+        if (group_id, sample.session_id) not in self._rewarded_sessions:
+            self._rewarded_sessions.add((group_id, sample.session_id))
+            self.rewarded[group_id] += 1
 
     def _add_turns(self, sample: Measured) -> None:
         """A turn that several samples share is counted where it is trained: once."""
@@ -184,7 +194,9 @@ def _groups(whole: _Whole) -> Groups:
     sizes = Spread()
     for count in whole.group_sizes.values():
         sizes.add(count)
-    equal = sum(group.count > 1 and group.smallest == group.largest for group in whole.groups.values())
+    equal = sum(
+        whole.rewarded[name] > 1 and group.smallest == group.largest for name, group in whole.groups.items()
+    )
     return Groups(
         num_groups=len(whole.group_sizes),
         num_equal=equal,
@@ -193,43 +205,53 @@ def _groups(whole: _Whole) -> Groups:
     )
 
 
+def places(versions: Iterable[str]) -> dict[str, int] | None:
+    """Each version's place, the oldest is 0: by the numbers in names that are alike but for these.
+
+    None where they are not: rows of a file come in no order that says which weights were first.
+    """
+    split = {version: re.split(r"(\d+)", version) for version in versions}
+    if len({(*parts[::2],) for parts in split.values()}) > 1:
+        return None
+    known = sorted(split, key=lambda version: [int(number) for number in split[version][1::2]])
+    return {version: place for place, version in enumerate(known)}
+
+
 @dataclass(slots=True)
 class _Stale:
-    """The second pass: `places` are the versions' own, the oldest is 0."""
+    """The second pass: `places` are the versions' own, the oldest is 0; None where nobody knows."""
 
-    places: dict[str, int]
+    places: dict[str, int] | None
     num_mixed: int = 0
     ages: Spread = field(default_factory=Spread)
     spans: Spread = field(default_factory=Spread)
 
     def add(self, sample: Measured) -> None:
-        if not sample.versions:
+        versions = {version for version, _ in sample.versions}
+        self.num_mixed += len(versions) > 1
+        if not versions or self.places is None:
             return
-        places = {self.places[version] for version, _ in sample.versions}
-        self.num_mixed += len(places) > 1
-        self.ages.add(self._newest - min(places))
+        places = {self.places[version] for version in versions}
+        self.ages.add(len(self.places) - 1 - min(places))
         self.spans.add(max(places) - min(places))
 
-    @property
-    def _newest(self) -> int:
-        return max(self.places.values(), default=0)
-
     def staleness(self, tokens: Counter[str], samples: Counter[str]) -> Staleness:
+        places, total = self.places, tokens.total()
+        names = sorted(tokens, key=lambda name: -tokens[name] if places is None else places[name])
         used = tuple(
             VersionUse(
                 version=version,
-                age=self._newest - place,
+                age=None if places is None else len(places) - 1 - places[version],
                 num_tokens=tokens[version],
                 num_samples=samples[version],
             )
-            for version, place in sorted(self.places.items(), key=lambda each: each[1])
+            for version in names
         )
-        total = tokens.total()
-        nothing = Distribution(count=0)
+        aged = sum(one.age * one.num_tokens for one in used if one.age is not None)
         return Staleness(
             versions=used,
             num_mixed=self.num_mixed,
-            mean_age=sum(one.age * one.num_tokens for one in used) / total if total else None,
-            ages=self.ages.distribution() if used else nothing,
-            spans=self.spans.distribution() if used else nothing,
+            mean_age=aged / total if total and places is not None else None,
+            ages=self.ages.distribution(),
+            spans=self.spans.distribution(),
         )

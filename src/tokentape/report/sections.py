@@ -44,8 +44,8 @@ def _figure(title: str, distribution: Distribution, note: str, unit: str) -> str
     facts = [
         f"{number(one.count)} in all",
         f"mean {number(one.mean)}",
-        f"5 % below {number(one.p05)}",
-        f"5 % above {number(one.p95)}",
+        f"5 % at most {number(one.p05)}",
+        f"5 % at least {number(one.p95)}",
         f"from {number(one.smallest)} to {number(one.largest)}",
     ]
     facts += [f"{one.missing:,} missing"] if one.missing else []
@@ -90,20 +90,24 @@ def _stack(*parts: str) -> str:
 
 def _rewards(report: Report) -> str:
     groups, total = report.groups, report.num_samples
-    lines = [f"{number(report.rewards.missing)} of {number(total)} samples have no reward."]
+    has = "has" if report.rewards.missing == 1 else "have"
+    lines = [f"{number(report.rewards.missing)} of {several(total, 'sample')} {has} no reward."]
     if groups.num_groups:
         share = groups.num_equal / groups.num_groups
+        fewest, most = groups.sizes.smallest, int(groups.sizes.largest or 0)
+        sizes = ("" if fewest == most else f"{number(fewest)} to ") + several(most, "sample")
         lines.append(
-            f"{number(groups.num_groups)} groups of {number(groups.sizes.smallest)} to "
-            f"{number(groups.sizes.largest)} samples. In {number(groups.num_equal)} of them ({share:.0%}) "
-            "all rewards are equal: against their own mean they teach nothing."
+            f"{several(groups.num_groups, 'group')} of {sizes}. In {number(groups.num_equal)} ({share:.0%}) "
+            "all rewards are equal: against their own mean they teach nothing. Branches of one session are "
+            "one episode, and no group."
         )
     else:
         lines.append("No sample has a group: nothing is compared within one.")
     if groups.num_groups and groups.num_ungrouped:
-        lines.append(f"{number(groups.num_ungrouped)} samples are in no group.")
+        is_in = "is" if groups.num_ungrouped == 1 else "are"
+        lines.append(f"{several(groups.num_ungrouped, 'sample')} {is_in} in no group.")
     return f"<p>{escape(' '.join(lines))}</p>" + _pair(
-        _figure("Rewards", report.rewards, "One a sample.", "reward"),
+        _figure("Rewards", report.rewards, "One a sample: each branch of a session has it.", "reward"),
         _figure("Samples a group", groups.sizes, "", "samples"),
     )
 
@@ -159,8 +163,9 @@ def _branches(report: Report) -> str:
 
 def _parsing(report: Report) -> str:
     words = (
-        f"{number(report.num_truncated)} of {number(report.num_samples)} samples "
-        f"({_percent(report.num_truncated, report.num_samples)}) were cut by length in their last turn."
+        f"{number(report.num_truncated)} of {several(report.num_samples, 'sample')} "
+        f"({_percent(report.num_truncated, report.num_samples)}) "
+        f"{'was' if report.num_truncated == 1 else 'were'} cut by length in their last turn."
     )
     return f"<p>{escape(words)}</p>" + _pair(
         _counts(
@@ -179,13 +184,21 @@ def _staleness(report: Report) -> str:
         return '<p class="soft">Nothing is trained, so no version of the weights is named.</p>'
     if len(stale.versions) == 1:
         return f"<p>One version of the weights sampled everything: {_name(stale.versions[0].version)}.</p>"
-    words = (
-        f"{len(stale.versions)} versions sampled; a trained token's weights are {number(stale.mean_age)} "
-        "versions old in the mean, counted from the newest in this file. "
-        f"{number(stale.num_mixed)} samples have tokens of several versions. Versions are ordered by number "
-        "where all are integers, else as they come in the file."
-    )
-    newest = stale.versions[::-1]
+    has = "has" if stale.num_mixed == 1 else "have"
+    mixed = f"{several(stale.num_mixed, 'sample')} {has} tokens of several versions."
+    if stale.mean_age is None:
+        words = (
+            f"{len(stale.versions)} versions sampled. Which is older nobody knows: their names differ in "
+            f"more than numbers. So there are no ages. {mixed}"
+        )
+        newest, title = stale.versions, "Versions"
+    else:
+        words = (
+            f"{len(stale.versions)} versions sampled; a trained token's weights are {number(stale.mean_age)} "
+            f"versions old in the mean, counted from the newest in this file. {mixed} Versions are ordered "
+            "by the numbers in their names."
+        )
+        newest, title = stale.versions[::-1], "Versions, newest first"
     total = sum(one.num_tokens for one in newest)
     rows = [
         (
@@ -197,10 +210,10 @@ def _staleness(report: Report) -> str:
         )
         for one in newest[:_SHOWN]
     ]
-    more = f'<p class="soft">and {len(newest) - _SHOWN} older ones</p>' if len(newest) > _SHOWN else ""
+    more = f'<p class="soft">and {len(newest) - _SHOWN} more</p>' if len(newest) > _SHOWN else ""
     table = _table(("version", "", "age", "tokens", "samples"), rows, chart=1)
     return f"<p>{escape(words)}</p>" + _pair(
-        f'<div class="card"><h3>Versions, newest first</h3>{table}{more}</div>',
+        f'<div class="card"><h3>{title}</h3>{table}{more}</div>',
         _stack(
             _figure("Age of a sample's oldest token", stale.ages, "In versions.", "versions"),
             _figure("Versions within a sample", stale.spans, "From its oldest to its newest.", "versions"),
@@ -211,8 +224,9 @@ def _staleness(report: Report) -> str:
 def _logprobs(report: Report) -> str:
     missing = report.num_without_logprob
     words = (
-        f'<p class="verdict warn">{number(missing)} trained tokens have no finite log-probability: such a '
-        "file must not be trained on; <code>tokentape verify</code> names the first.</p>"
+        f'<p class="verdict warn">{several(missing, "trained token")} '
+        f"{'has' if missing == 1 else 'have'} no finite log-probability: such a file must not be trained "
+        "on; <code>tokentape verify</code> names the first.</p>"
         if missing
         else ""
     )
@@ -247,7 +261,7 @@ def _mismatch(mismatch: Mismatch | None) -> str:
         for one in (*found.versions, *([found.whole] if len(found.versions) > 1 else []))
     ]
     caption = (
-        f"{number(found.whole.num_tokens)} tokens of {number(mismatch.num_sessions)} sessions: the "
+        f"{several(found.whole.num_tokens, 'token')} of {several(mismatch.num_sessions, 'session')}: the "
         "difference of each token's log-probability, nats."
     )
     bins = between(found.histogram_edges, found.whole.histogram)
@@ -293,7 +307,7 @@ def _drift(report: Report) -> str:
         unknown = _percent(drift.num_unknown, drift.num_turns)
         rows.append(("turns with ids that this tokenizer does not know", number(drift.num_unknown), unknown))
     note = "Had the turns been kept as text and encoded again. The tapes themselves have the sampled ids."
-    table = _table((f"of {drift.num_turns:,} trained turns", "count", "share"), rows)
+    table = _table((f"of {several(drift.num_turns, 'trained turn')}", "count", "share"), rows)
     return f'<div class="card">{title}<p class="soft">{note}</p>{table}</div>'
 
 
@@ -302,7 +316,8 @@ def _odd(report: Report) -> str:
         return "<p>No sample is odd: none has a fact that at most half of the others have.</p>"
     words = (
         "Each fact that few samples have counts log2(1 / share) bits: what one in a thousand has counts ten. "
-        "The score is the sum. Links lead into the viewer."
+        "The score is the sum. Links lead into the viewer of the gateway that has the sessions; --viewer "
+        "names it. Without one, `tokentape view FILE` shows this file: --viewer is the address that it says."
     )
     items = "".join(_odd_item(one) for one in report.odd)
     return f'<p class="soft">{escape(words)}</p><div class="card"><ol class="odd">{items}</ol></div>'

@@ -26,9 +26,10 @@ def summary(report: Report) -> RenderableType:
 
 def _lines(report: Report) -> Iterator[tuple[str, str]]:
     budget, groups, stale = report.budget, report.groups, report.staleness
-    yield "samples", f"{report.num_samples:,} of {report.num_sessions:,} sessions, {report.num_turns:,} turns"
+    sessions, turns = several(report.num_sessions, "session"), several(report.num_turns, "turn")
+    yield "samples", f"{report.num_samples:,} of {sessions}, {turns}"
     yield (
-        "reward",
+        "reward a sample",
         _spread(report.rewards) + (f", {report.rewards.missing:,} missing" if report.rewards.missing else ""),
     )
     if groups.num_groups:
@@ -41,21 +42,25 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "parsing", _names(report.parse_statuses)
     yield (
         "cut by length",
-        f"{report.num_truncated:,} samples ({report.num_truncated / report.num_samples:.1%})",
+        f"{several(report.num_truncated, 'sample')} ({report.num_truncated / report.num_samples:.1%})",
     )
     if stale.versions:
-        age = f"{number(stale.mean_age)} old in the mean, {several(stale.num_mixed, 'sample')} of several"
+        known = stale.mean_age is not None
+        age = f"{number(stale.mean_age)} old in the mean" if known else "in no known order"
+        age += f", {several(stale.num_mixed, 'sample')} of several"
         yield "weights", f"{several(len(stale.versions), 'version')}, {age}"
     yield "log-probability", _spread(report.logprobs)
     if report.num_without_logprob:
-        yield "", f"{report.num_without_logprob:,} trained tokens have none: do not train on this file"
+        missing = several(report.num_without_logprob, "trained token")
+        yield "", f"{missing} without one: do not train on this file"
     if (mismatch := report.mismatch) is not None:
         whole, verdict = mismatch.verified.whole, "; ".join(mismatch.problems) or "verified"
         yield (
             "mismatch",
             (
-                f"mean {whole.mean:.1e}, largest {whole.largest:.1e} over {whole.num_tokens:,} tokens of "
-                f"{mismatch.num_sessions:,} sessions: {shown(verdict, 400)}"
+                f"mean {whole.mean:.1e}, largest {whole.largest:.1e} over "
+                f"{several(whole.num_tokens, 'token')} of {several(mismatch.num_sessions, 'session')}: "
+                f"{shown(verdict, 400)}"
             ),
         )
     if (drift := report.drift) is not None and drift.num_turns:

@@ -13,6 +13,34 @@ OTHERS = "(others)"
 """Under this name `Names` counts all that came after the first thousand names."""
 
 
+class Moments:
+    """Count, mean, standard deviation and extremes of finite numbers, however large (Welford's recurrence).
+
+    The sum of squares is kept as its root: squares would overflow, and cancel where the mean is far from 0.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self.smallest = math.inf
+        self.largest = -math.inf
+        self._root = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a number."""
+        self.count += 1
+        before = value - self.mean
+        self.mean += value / self.count - self.mean / self.count
+        after = value - self.mean
+        self._root = math.hypot(self._root, math.sqrt(abs(before)) * math.sqrt(abs(after)))
+        self.smallest, self.largest = min(self.smallest, value), max(self.largest, value)
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation; 0 of nothing, infinite where no number can tell it."""
+        return self._root / math.sqrt(self.count) if self.count else 0.0
+
+
 class Spread:
     """How numbers are spread. Each is kept to three digits, so there are few different ones, however many.
 
@@ -22,41 +50,37 @@ class Spread:
     def __init__(self) -> None:
         self._seen: Counter[float] = Counter()
         self._missing = 0
-        self._sum = 0.0
-        self._sum_squares = 0.0
-        self._smallest = math.inf
-        self._largest = -math.inf
+        self._moments = Moments()
 
     def add(self, value: float | None) -> None:
         """Count a number; None, and what is no finite number, is counted as missing."""
         if value is None or not math.isfinite(value):
             self._missing += 1
             return
-        self._seen[float(f"{value:.{_DIGITS}g}")] += 1
-        self._sum += value
-        self._sum_squares += value * value
-        self._smallest, self._largest = min(self._smallest, value), max(self._largest, value)
+        kept = float(f"{value:.{_DIGITS}g}")
+        self._seen[kept if math.isfinite(kept) else value] += 1  # the largest ones are rounded to no number
+        self._moments.add(value)
 
     def distribution(self) -> Distribution:
         """What was counted so far."""
         count = self._seen.total()
         if not count:
             return Distribution(count=0, missing=self._missing)
-        mean = self._sum / count
+        moments, deviation = self._moments, self._moments.deviation
         values = sorted(self._seen)
         p05, p25, p50, p75, p95 = self._quantiles(values, count)
         return Distribution(
             count=count,
             missing=self._missing,
-            mean=mean,
-            deviation=math.sqrt(max(self._sum_squares / count - mean * mean, 0.0)),
-            smallest=self._smallest,
+            mean=moments.mean,
+            deviation=deviation if math.isfinite(deviation) else None,
+            smallest=moments.smallest,
             p05=p05,
             p25=p25,
             median=p50,
             p75=p75,
             p95=p95,
-            largest=self._largest,
+            largest=moments.largest,
             bins=self._bins(values, p50),
         )
 
@@ -66,7 +90,7 @@ class Spread:
             while below + self._seen[values[at]] < share * count:
                 below += self._seen[values[at]]
                 at += 1
-            found.append(min(max(values[at], self._smallest), self._largest))
+            found.append(min(max(values[at], self._moments.smallest), self._moments.largest))
         return found
 
     def _bins(self, values: list[float], median: float) -> tuple[Bin, ...]:
@@ -74,6 +98,8 @@ class Spread:
         if len(values) <= _MOST_BINS // 2:
             return tuple(Bin(low=v, high=v, count=self._seen[v]) for v in values)
         low, high = values[0], values[-1]
+        if not 1e-300 < high - low < math.inf:  # no steps can be counted between them
+            return (Bin(low=low, high=high, count=self._seen.total()),)
         if high - low < _MOST_BINS and all(value.is_integer() for value in values):
             whole = map(float, range(int(low), int(high) + 1))
             return tuple(Bin(low=v, high=v, count=self._seen[v]) for v in whole)
@@ -98,7 +124,8 @@ def _ratios(low: float, high: float) -> list[float]:
     """Edges 1, 2, 5, 10, … that hold both; two of a decade where there are many decades."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= _MOST_BINS // 3 else (1,)
-    edges = [float(f"{factor * 10.0**power:.3g}") for power in powers for factor in factors]
+    edges = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    edges = [edge for edge in edges if edge < math.inf]
     first = max(bisect_right(edges, low) - 1, 0)
     last = next((at for at, edge in enumerate(edges) if edge > high), len(edges) - 1)
     return edges[first : last + 1]

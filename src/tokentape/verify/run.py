@@ -192,7 +192,8 @@ class _Check:
         except BaseException:
             for task in self._running:
                 task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+            # Those of `done` as well: what fails beside the first would be told as never retrieved.
+            await asyncio.gather(*done, *self._running, return_exceptions=True)
             raise
 
     async def _sample(self, index: int, row: Row) -> None:

@@ -10,9 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tokentape.errors import ConfigError
+from tokentape.shown import shown
 from tokentape.verify.report import Report, Summary
 
 _SHOWN = 10
+_MOST = 2000  # characters
 
 
 def tables(report: Report) -> Group:
@@ -21,8 +23,11 @@ def tables(report: Report) -> Group:
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:
-    yield Text(f"{report.path}: {report.num_samples} samples, {report.num_trained:,} trained tokens")
-    yield Text(f"engine: weights {report.engine_version or '(it does not say)'}")
+    yield Text(
+        f"{shown(report.path, _MOST)}: {report.num_samples} samples, {report.num_trained:,} trained tokens"
+    )
+    version = report.engine_version
+    yield Text(f"engine: weights {'(it does not say)' if version is None else shown(version)}")
     table = Table(title="recorded against recomputed (nats)", title_justify="left")
     for name in ("weights", "tokens", "mean", "largest", f"beyond {report.tolerance:g}", "k3", "judged"):
         table.add_column(name, justify="left" if name in ("weights", "judged") else "right")
@@ -32,7 +37,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         table.add_row(*_row("all", report.whole), "", style="bold")
     yield table
     for why, count in report.not_compared.items():
-        yield Text(f"not compared: {count:,} tokens ({why})")
+        yield Text(f"not compared: {count:,} tokens ({shown(why, _MOST)})")
     if (drift := report.drift) is not None and drift.num_turns:
         share = drift.num_drifted / drift.num_turns
         yield (
@@ -41,28 +46,29 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         )
     yield f"broken rules: {report.num_violations}"
     for number, violation in enumerate(report.violations[:_SHOWN]):
-        yield Text(f"  {violation}", style="red")
+        yield Text(f"  {shown(violation, _MOST)}", style="red")
         if number == 0 and report.violation_text is not None:
             yield Text(f"    {report.violation_text!r}")
     if report.num_violations > _SHOWN:
         yield f"  and {report.num_violations - _SHOWN} more"
     if (first := report.first_offence) is not None:
         yield Text(
-            f"first token beyond {report.tolerance:g}: sample {first.sample_id}, turn {first.turn_id}, token "
+            f"first token beyond {report.tolerance:g}: sample {shown(first.sample_id)}, turn "
+            f"{shown(first.turn_id)}, token "
             f"{first.token} (id {first.token_id}): recorded {first.recorded:.6f}, recomputed "
             f"{first.recomputed:.6f}"
         )
         if first.text is not None:
             yield Text(f"  {first.text!r}")
     if problems := report.problems:
-        yield Text(f"not verified: {'; '.join(problems)}", style="bold red")
+        yield Text(f"not verified: {shown('; '.join(problems), _MOST)}", style="bold red")
     else:
         yield Text("verified", style="bold green")
 
 
-def _row(name: str, one: Summary) -> tuple[str, ...]:
+def _row(name: str, one: Summary) -> tuple[str | Text, ...]:
     figures = (f"{one.mean:.2e}", f"{one.largest:.2e}", f"{one.share_beyond:.2%}", f"{one.k3:.2e}")
-    return name, f"{one.num_tokens:,}", *figures
+    return Text(shown(name) if name else ""), f"{one.num_tokens:,}", *figures
 
 
 def check_can_draw(path: Path) -> None:
