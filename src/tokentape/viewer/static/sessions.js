@@ -213,10 +213,12 @@ export class Sessions {
     try {
       const known = this.tags.get(id) ?? null;
       this.tags.set(id, known);
-      const row = await get(of(id, "summary"), {}, known);
-      if (row !== null && this.rows.has(id) && !this.isGone) {
-        this.tags.set(id, row.tag);
-        this.rows.set(id, row);
+      const answer = await get(of(id, "summary"), {}, known);
+      const listed = this.rows.get(id);
+      if (answer !== null && listed && !this.isGone) {
+        const { tag, metadata: _, ...counts } = answer; // the list's metadata may be cut: a row must not change to and fro
+        this.tags.set(id, tag);
+        this.rows.set(id, { ...listed, ...counts });
         this.redraw();
       }
     } catch {
