@@ -108,3 +108,16 @@ async def test_replicas(fake: FakeSGLang, model_dir: Path, database: str) -> Non
             assert (await gateway.ok("GET", f"/sessions/{session_id}/view"))["summary"]["turns"] == 1
             assert (await gateway.ok("GET", f"/sessions/{session_id}/view/{turn_id}/wire"))["kept"]
             assert len((await gateway.ok("GET", "/ui/api/sessions"))["sessions"]) == 1
+
+
+async def test_an_engine_with_another_model_is_asked_nothing(tmp_path: Path, model_dir: Path) -> None:
+    """An id that it does not know would kill it."""
+    store = tmp_path / "s.sqlite"
+    local = LocalEngine(TINY_MODEL)
+    async with serve(make_app(local)) as engine:
+        await recorded(engine, TINY_MODEL, store)
+        command = ("view", str(store), "--model", str(model_dir), "--engine", engine, "--port", "0")
+        code, stdout, stderr = await run(*command)
+    assert (code, stdout) == (2, "")
+    assert "the engine has another model than --model" in " ".join(stderr.split())
+    local.close()

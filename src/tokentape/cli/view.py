@@ -9,6 +9,7 @@ import click
 import uvloop
 
 from tokentape.cli.options import PORT, STORE_THERE, address, until_stopped
+from tokentape.doctor.same import check_same
 from tokentape.engines.server import serve
 from tokentape.engines.sglang import SGLangConfig, SGLangEngine
 from tokentape.errors import ConfigError
@@ -68,15 +69,17 @@ async def _serving(
 ) -> AsyncGenerator[str]:
     async with contextlib.AsyncExitStack() as stack:
         source = await stack.enter_async_context(_source(what))
-        tokenizer, vocab_size = _tokenizer(model)
+        found = None if model is None else _found(model)
         engine = None
         if url is not None:
-            if vocab_size is None:
+            if found is None:
                 raise ConfigError("--engine needs --model: no id may be sent that the model does not have")
-            config = SGLangConfig(url, api_key=engine_api_key)
-            engine = SGLangEngine(config, vocab_size=vocab_size)
+            directory, tokenizer, vocab_size = found
+            engine = SGLangEngine(SGLangConfig(url, api_key=engine_api_key), vocab_size=vocab_size)
             await stack.enter_async_context(contextlib.aclosing(engine))
-        app = make_app(Desk(source, tokenizer, engine), api_key)
+            served = (await engine.info()).model
+            await check_same(engine, served, directory, tokenizer)
+        app = make_app(Desk(source, None if found is None else found[1], engine), api_key)
         page = f"{await stack.enter_async_context(serve(app, host, port, drain_s=1.0))}/ui/"
         if opens:
             webbrowser.open(page)
@@ -100,10 +103,9 @@ def _is_parquet(path: Path) -> bool:
         return file.read(len(_PARQUET)) == _PARQUET
 
 
-def _tokenizer(model: str | None) -> tuple[Tokenizer | None, int | None]:
-    if model is None:
-        return None, None
+def _found(model: str) -> tuple[Path, Tokenizer, int]:
+    """A model's directory, its tokenizer, and how many ids it has."""
     directory = model_directory(model)
     sizes = model_sizes(directory)
     tokenizer = Tokenizer(directory / "tokenizer.json", num_ids=sizes.vocab_size)
-    return tokenizer, sizes.vocab_size or tokenizer.vocab_size
+    return directory, tokenizer, sizes.vocab_size or tokenizer.vocab_size

@@ -1,7 +1,7 @@
 // What is known of one token, and what the colours mean.
 
 import { MODES } from "./colours.js";
-import { count, h, plain } from "./dom.js";
+import { count, h, plain, plural } from "./dom.js";
 
 const nats = (value) => (value === null ? null : value.toFixed(6));
 const KINDS = { prompt: "prompt", bridge: "bridge: between turns", sampled: "sampled, trained here", untrained: "sampled, not trained here" };
@@ -37,7 +37,7 @@ export class Inspector {
   }
 
   splits(drift) {
-    const facts = [["recorded", split(drift.recorded ?? [])], ["encoded again", split(drift.texts)], ["as ids", drift.ids.join(" ")]];
+    const facts = [["recorded", split(drift.recorded)], ["encoded again", split(drift.texts)], ["as ids", `${drift.ids.join(" ")}${drift.cut ? ` … ${plural(drift.num_ids, "id")} for ${count(drift.end - drift.start)}` : ""}`]];
     return h("dl", { class: "splits" }, facts.map(([name, value]) => [h("dt", {}, name), h("dd", { class: "mono" }, value)]));
   }
 
@@ -48,7 +48,7 @@ export class Inspector {
 
   drifts(drifts) {
     this.list.replaceChildren(h("h2", {}, `${count(drifts.length)} ${drifts.length === 1 ? "place" : "places"} of drift`),
-      h("ul", { class: "drift-list" }, drifts.slice(0, 200).map((one) => h("li", {}, h("button", { type: "button", onclick: () => this.go(one.start) }, split(one.recorded ?? []), " → ", split(one.texts))))));
+      h("ul", { class: "drift-list" }, drifts.slice(0, 200).map((one) => h("li", {}, h("button", { type: "button", onclick: () => this.go(one.start) }, split(one.recorded), " → ", split(one.texts))))));
   }
 
   say(...nodes) {

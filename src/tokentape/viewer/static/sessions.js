@@ -191,7 +191,7 @@ export class Sessions {
       failures: h("td", {}, Object.entries(row.failures ?? {}).map(([kind, number]) => [chip(`${kind} ${number}`, "bad"), " "])),
       versions: h("td", { class: "wide mono" }, plain(listed(row.versions))),
       created_at: h("td", { class: "quiet" }, created),
-      metadata: h("td", { class: "rest quiet mono", title: plain(JSON.stringify(row.metadata)) }, plain(told(row.metadata))),
+      metadata: h("td", { class: "rest quiet mono", title: plain(JSON.stringify(row.metadata)) }, plain(told(row.metadata) + (row.metadata_cut ? " …" : ""))),
     };
     return h("tr", { data: { id: row.session_id }, class: changed ? "changed" : null }, COLUMNS.map(([name]) => cells[name]));
   }
