@@ -187,7 +187,7 @@ async def test_one_that_comes_samples_nothing_before_it_knows(
 
     fake.responder = lambda _: sampled("hello")
     async with (
-        gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as gateway,
+        gateway_for(fake.url, model_dir, database, lease_s=60.0) as gateway,
         await asyncio.start_server(mute, "127.0.0.1", 0) as server,
     ):
         await gateway.ok("POST", "/pause")
@@ -197,11 +197,11 @@ async def test_one_that_comes_samples_nothing_before_it_knows(
             connection.execute(put, (url,))
             monkeypatch.setattr(catchup, "_ASK_S", 60.0)
             began = time.monotonic()
-            async with gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as late:
+            async with gateway_for(fake.url, model_dir, database, lease_s=60.0) as late:
                 assert time.monotonic() - began < 30
                 assert (await late.ok("GET", "/healthz")).items() >= {"paused": True, "current": True}.items()
                 connection.execute("DELETE FROM replicas WHERE replica_id = 'r-0'")
-                session_id = at(late, gateway)
+                session_id = at(late, gateway, Gateway(url, late.http))
                 await late.create(session_id=session_id)
                 turn = asyncio.ensure_future(late.post(session_id, LONG))
                 await asyncio.sleep(0.3)
@@ -258,9 +258,9 @@ async def test_one_that_leaves_is_told(fake: FakeSGLang, model_dir: Path, databa
     fake.responder = lambda _: sampled("hello " * 20, delay_s=0.05)
     async with contextlib.AsyncExitStack() as stack:
         own = await stack.enter_async_context(contextlib.AsyncExitStack())
-        options = {"lease_s": LEASE_S, "drain_s": 20.0}
+        options = {"lease_s": 60.0, "drain_s": 20.0}
         goes = await own.enter_async_context(gateway_for(fake.url, model_dir, database, **options))
-        stays = await stack.enter_async_context(gateway_for(fake.url, model_dir, database, lease_s=LEASE_S))
+        stays = await stack.enter_async_context(gateway_for(fake.url, model_dir, database, lease_s=60.0))
         client = await stack.enter_async_context(aiohttp.ClientSession())
         goes = Gateway(goes.url, client)
         session_id = at(goes, stays)
@@ -347,8 +347,8 @@ async def test_the_oldest_version_of_a_session_that_moved(
         return sampled("hello")
 
     fake.responder, fake.weight_version = answer, "w1"
-    async with gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as one:
-        async with gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as two:
+    async with gateway_for(fake.url, model_dir, database, lease_s=60.0) as one:
+        async with gateway_for(fake.url, model_dir, database, lease_s=60.0) as two:
             agent = Agent(two, at(two, one))
             await two.create(session_id=agent.session_id)
             await agent.turn(USER)
@@ -400,10 +400,10 @@ async def test_an_engine_that_is_exchanged_replica_by_replica(
     async with (
         FakeSGLang(TOKENIZER) as new,
         FakeSGLang(TOKENIZER) as added,
-        gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as old,
+        gateway_for(fake.url, model_dir, database, lease_s=60.0) as old,
     ):
         await old.ok("POST", "/workers", {"url": added.url})
-        async with gateway_for(new.url, model_dir, database, lease_s=LEASE_S) as one:
+        async with gateway_for(new.url, model_dir, database, lease_s=60.0) as one:
             said = await one.ok("GET", "/workers")
             assert [worker["url"] for worker in said["workers"]] == [new.url, added.url]
             assert said["changes"] == {added.url: True}
@@ -418,7 +418,7 @@ async def test_one_deadline_for_all_that_is_drained(fake: FakeSGLang, model_dir:
     async with contextlib.AsyncExitStack() as stack:
         own = await stack.enter_async_context(contextlib.AsyncExitStack())
         goes = await own.enter_async_context(
-            gateway_for(fake.url, model_dir, database, lease_s=LEASE_S, drain_s=1.5)
+            gateway_for(fake.url, model_dir, database, lease_s=60.0, drain_s=1.5)
         )
         client = await stack.enter_async_context(aiohttp.ClientSession())
         goes = Gateway(goes.url, client)
