@@ -282,7 +282,7 @@ class PostgresStore:
         return time.monotonic() < self._valid_until
 
     async def advertise(self, url: str | None) -> None:
-        """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
+        """Say where the others reach this replica, or that it is leaving; None: it is no longer reached."""
         self._url = url
         try:
             await self._connections.do(self._renew())
@@ -290,7 +290,7 @@ class PostgresStore:
             raise StoreError(f"the store failed: {one_line(error)}") from error
 
     async def replicas(self) -> Sequence[Replica]:
-        """The replicas that are there and are not leaving."""
+        """The replicas that are reached, also those that say that they are leaving."""
         rows = await self._read(REPLICAS)
         return [Replica(row["replica_id"], row["url"]) for row in rows]
 

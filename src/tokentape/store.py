@@ -188,11 +188,11 @@ class SharedStore(Store, Protocol):
         ...
 
     async def advertise(self, url: str | None) -> None:
-        """Say where the others reach this replica; None: it is leaving, and gets no more sessions."""
+        """Say where the others reach this replica, or that it is leaving; None: it is no longer reached."""
         ...
 
     async def replicas(self) -> Sequence[Replica]:
-        """The replicas that are there and are not leaving."""
+        """The replicas that are reached, also those that say that they are leaving."""
         ...
 
     async def release_all(self, busy: Collection[str]) -> None:

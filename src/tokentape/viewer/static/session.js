@@ -361,7 +361,7 @@ export class Session {
     const { at } = await get(of(this.id, heads[0].branch_id, "difference"), { other: heads[1].branch_id });
     if (isOver()) return;
     if (!grows) {
-      const columns = Math.max(24, Math.floor((this.view.clientWidth / 2 - 142) / 8));
+      const columns = Math.max(24, Math.floor((this.view.clientWidth / 2 - 156) / 8));
       this.grids = heads.map((_, side) => new Tokens({ session: this.id, columns, label: side ? "Other branch" : "This branch", scrolled: (top) => this.together(side, top) }));
       this.titles = heads.map(() => h("header"));
       this.view.replaceChildren(h("div", { class: "compare" }, this.titles, this.grids.map((grid) => grid.element)));
