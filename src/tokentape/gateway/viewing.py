@@ -4,6 +4,7 @@ from tokentape.errors import NotFound
 from tokentape.gateway.parts import Gateway
 from tokentape.gateway.session import Session
 from tokentape.gateway.sessions import SESSION_ID
+from tokentape.store import SQLiteStore
 from tokentape.types import Json
 from tokentape.viewer.desk import Desk
 from tokentape.viewer.episode import Episode, of_tree, summary_of
@@ -21,7 +22,8 @@ class LiveSource:
     """The sessions of a gateway, also while they grow.
 
     Those that are not in memory are read in the store: taken into memory to be looked at, they would push out
-    sessions that agents use.
+    sessions that agents use. In a store that replicas share another one may have them in memory, and knows
+    more: there they are asked for as agents do.
     """
 
     kind = "gateway"
@@ -30,6 +32,7 @@ class LiveSource:
         self.name = gateway.config.model
         self._sessions = gateway.sessions
         self._stored = StoreSource(gateway.store, self.name)
+        self._is_alone = isinstance(gateway.store, SQLiteStore)
 
     async def page(self, *, after: str, limit: int) -> Page:
         """The sessions behind the id `after`."""
@@ -59,4 +62,6 @@ class LiveSource:
     async def _in_memory(self, session_id: str) -> Session | None:
         if not SESSION_ID.fullmatch(session_id):  # no such id was ever given; it may not even be text
             raise NotFound(f"session {session_id!r} does not exist")
-        return await self._sessions.get(session_id) if self._sessions.is_here(session_id) else None
+        if self._is_alone and not self._sessions.is_here(session_id):
+            return None
+        return await self._sessions.get(session_id)

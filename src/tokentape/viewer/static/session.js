@@ -373,7 +373,11 @@ export class Session {
       await this.grids[side].show(head);
       if (isOver()) return;
     }
-    if (!grows && at !== null) for (const grid of this.grids) grid.reveal(Math.min(at, grid.num_tokens - 1));
+    if (!grows && at !== null) {
+      for (const grid of this.grids) grid.reveal(Math.min(at, grid.num_tokens - 1));
+      const top = Math.min(...this.grids.map((grid) => grid.topLine())); // the shorter one cannot go farther
+      for (const grid of this.grids) grid.toLine(top);
+    }
     await this.adjust(grows);
   }
 
