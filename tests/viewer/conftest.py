@@ -1,50 +1,22 @@
 """Gateways and pages for the viewer's tests. One world is shared; what a test changes, it makes itself."""
 
-import asyncio
 import shutil
-import threading
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import Future
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from viewerkit import Page, World, populate, real_model, world
+from viewerkit import Beside, Page, World, populate, real_model, world
 
 from gatewayfixtures import fake as fake
 from gatewayfixtures import gateway as gateway
 from gatewayfixtures import model_dir as model_dir
 from gatewayfixtures import store as store
 
-T = TypeVar("T")
 _ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-
-
-class Beside:
-    """A loop in a thread of its own: what serves while a test drives a browser."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._open = AsyncExitStack()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        found: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return found.result(60)
-
-    def enter(self, context: Any) -> Any:
-        return self.run(self._open.enter_async_context(context))
-
-    def close(self) -> None:
-        self.run(self._open.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from viewerkit import HOSTILE, Page, World, grow, long_store
+from viewerkit import HOSTILE, Beside, Page, World, grow, long_store
 
-from conftest import Beside
 from gatewaykit import gateway_for
 from tokentape.engines.server import serve
 from tokentape.engines.sglang_score import Scores

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from viewerkit import TOOLS, Page, World, calls, grow
+from viewerkit import TOOLS, Beside, Page, World, calls, grow
 
-from conftest import Beside
 from gatewaykit import Agent, gateway_for
 
 REPAIR = "#/s/repair-0412"

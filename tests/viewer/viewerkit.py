@@ -1,18 +1,21 @@
 """Sessions to look at: a scripted agent's on a real tokenizer, hostile ones, and a long one."""
 
+import asyncio
 import json
 import random
 import shutil
+import threading
 import time
 import zipfile
 from array import array
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer as Library
 
@@ -22,11 +25,35 @@ from tokentape.tape import Origin, Turn
 from tokentape.testing import FakeSGLang, Fault, Reply
 from tokentape.types import Json, Message, Sampling, TokenRun, VersionSpan
 
+T = TypeVar("T")
 MODEL = "qwen-3"
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
     "\u202egnp.exe\u202c \u200bzero\u0007bell \x1b[31mred\x00nul &lt;b&gt; {{7*7}} javascript:alert(1)"
 )
+
+
+class Beside:
+    """A loop in a thread of its own: what serves while a test drives a browser."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._open = AsyncExitStack()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        found: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return found.result(60)
+
+    def enter(self, context: Any) -> Any:
+        return self.run(self._open.enter_async_context(context))
+
+    def close(self) -> None:
+        self.run(self._open.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 def real_model(path: Path) -> Path:

@@ -273,6 +273,7 @@ export class Session {
         const { spans, not_compared, weight_version } = this.scores.get(branch);
         grid.scores = new Map(spans.flatMap(([start, values]) => values.map((value, index) => [start + index, value])));
         grid.redraw();
+        grid.look();
         say(h("h2", {}, "Recomputed"), h("p", {}, `${plural(grid.scores.size, "token")} by weights ${plain(String(weight_version ?? "(it does not say)"))}`),
           ...Object.entries(not_compared).map(([why, number]) => h("p", { class: "quiet" }, `${count(number)} not compared: ${why}`)));
       } else say();

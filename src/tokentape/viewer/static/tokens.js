@@ -32,6 +32,7 @@ export class Tokens {
     this.number = (made += 1); // its tokens' ids stay the same while the branch grows
     this.mode = "provenance";
     this.at = null;
+    this.lookedAt = null;
     this.hits = [];
     this.now = null;
     this.differs = null;
@@ -126,9 +127,15 @@ export class Tokens {
     this.at = Math.max(0, Math.min(at, this.num_tokens - 1));
     this.reveal(this.at);
     this.redraw();
-    const token = this.token(this.at);
-    if (token) this.looked(token);
+    this.look(this.at);
     this.moved(this.at);
+  }
+
+  /** Tell what is known of a token; of the last one again, where more has become known. */
+  look(at = this.lookedAt) {
+    this.lookedAt = at;
+    const token = at === null ? null : this.token(at);
+    if (token) this.looked(token);
   }
 
   // -- tokens
@@ -188,7 +195,7 @@ export class Tokens {
       .finally(() => {
         this.asking.delete(number);
         this.again();
-        if (this.at !== null && Math.floor(this.at / CHUNK) === number) { const token = this.token(this.at); if (token) this.looked(token); }
+        if (this.lookedAt !== null && Math.floor(this.lookedAt / CHUNK) === number) this.look();
       });
   }
 
@@ -302,6 +309,7 @@ export class Tokens {
     this.checked = checked;
     this.driftStarts = drifts.map((one) => one.start);
     this.redraw();
+    this.look();
   }
 
   colour(mode) {
@@ -314,9 +322,7 @@ export class Tokens {
 
   hover(event) {
     const at = event.target.dataset?.at;
-    if (at === undefined) return;
-    const token = this.token(Number(at));
-    if (token) this.looked(token);
+    if (at !== undefined) this.look(Number(at));
   }
 
   click(event) {
