@@ -1,6 +1,5 @@
 """`tokentape report`."""
 
-import contextlib
 import random
 from pathlib import Path
 
@@ -9,13 +8,13 @@ import msgspec
 import uvloop
 from rich.console import Console
 
-from tokentape.cli.verify import TOLERANCES, model_of
-from tokentape.doctor.same import check_same
-from tokentape.engines.sglang import SGLangConfig, SGLangEngine
+from tokentape.cli.scoring import scoring, tokenizer_of
+from tokentape.cli.verify import TOLERANCES
+from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError
 from tokentape.export.files import appearing
 from tokentape.export.row import sessions_in
-from tokentape.model import model_directory, model_sizes
+from tokentape.model import model_directory
 from tokentape.report import report as make_report
 from tokentape.report.figures import Mismatch
 from tokentape.report.links import DEFAULT_VIEWER, checked_viewer
@@ -72,12 +71,11 @@ def report(
     option cannot be used.
     """
     checked_viewer(viewer)
-    mismatch = None
+    mismatch = tokenizer = None
     if url is not None:
-        mismatch, model = uvloop.run(_mismatch(file, url, model, num_sessions, engine_api_key))
-    tokenizer = None
-    if model is not None:
-        tokenizer = _tokenizer(model_directory(model))
+        mismatch, tokenizer = uvloop.run(_mismatch(file, url, model, num_sessions, engine_api_key))
+    elif model is not None:
+        tokenizer = tokenizer_of(model_directory(model))
     found = make_report(file, tokenizer=tokenizer, mismatch=mismatch, viewer=viewer)
     if out is None and not as_json:
         out = Path("report.html")
@@ -91,41 +89,27 @@ def report(
     click.echo(f"written to {out}")
 
 
-def _tokenizer(directory: Path) -> Tokenizer:
-    return Tokenizer(directory / "tokenizer.json", num_ids=model_sizes(directory).vocab_size)
-
-
 async def _mismatch(
     file: Path, url: str, model: str | None, num_sessions: int, api_key: str | None
-) -> tuple[Mismatch, str]:
-    """What an engine makes of some sessions, and the model that it was."""
-    config = SGLangConfig(url, api_key=api_key)
-    async with contextlib.AsyncExitStack() as stack:
-        asking = await stack.enter_async_context(contextlib.aclosing(SGLangEngine(config, vocab_size=1)))
-        info, dtype = await asking.info(), await asking.dtype()
-        if info.differs:
+) -> tuple[Mismatch, Tokenizer]:
+    """What an engine makes of some sessions, and the tokenizer of its model."""
+    async with scoring(SGLangConfig(url, api_key=api_key), model) as found:
+        engine = found.engine
+        if found.info.differs:
             raise ConfigError(
                 f"{url} is a router whose servers have different weights: give one server's URL"
             )
-        model = model_of(model, info.model)
-        directory = model_directory(model)
-        tokenizer = _tokenizer(directory)
-        await check_same(asking, info.model, directory, tokenizer)
-        vocab_size = model_sizes(directory).vocab_size or tokenizer.vocab_size
-        engine = await stack.enter_async_context(
-            contextlib.aclosing(SGLangEngine(config, vocab_size=vocab_size))
-        )
         names = sorted(sessions_in(file))
         drawn = random.Random(0).sample(names, min(num_sessions, len(names)))  # noqa: S311  # not secret: the same each time
-        tolerance, max_share = TOLERANCES["float32" if dtype == "float32" else "other"]
+        tolerance, max_share = TOLERANCES["float32" if await engine.dtype() == "float32" else "other"]
         verified = await verify(
             file,
             engine,
-            engine_version=info.weight_version,
-            vocab_size=vocab_size,
+            engine_version=found.info.weight_version,
+            vocab_size=engine.vocab_size,
             tolerance=tolerance,
             max_share=max_share,
             sessions=frozenset(drawn),
         )
     problems = tuple(verified.problems)
-    return Mismatch(num_sessions=len(drawn), problems=problems, verified=verified), model
+    return Mismatch(num_sessions=len(drawn), problems=problems, verified=verified), found.tokenizer

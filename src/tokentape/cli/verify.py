@@ -11,12 +11,10 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tokentape.doctor.same import check_same
-from tokentape.engines.sglang import SGLangConfig, SGLangEngine
+from tokentape.cli.scoring import scoring
+from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError
 from tokentape.export.row import sessions_in
-from tokentape.model import model_directory, model_sizes
-from tokentape.tokenizer import Tokenizer
 from tokentape.verify import Report
 from tokentape.verify import verify as verify_file
 from tokentape.verify.show import check_can_draw, draw_histogram, tables
@@ -85,28 +83,15 @@ def verify(
     async def run() -> Report:
         total = sum(sessions_in(file).values())
         async with contextlib.AsyncExitStack() as stack:
-            # The vocabulary is known only with the model: until then nothing is scored.
-            asking = await stack.enter_async_context(
-                contextlib.aclosing(SGLangEngine(SGLangConfig(url, api_key=engine_api_key), vocab_size=1))
-            )
-            info, dtype = await asking.info(), await asking.dtype()
+            found = await stack.enter_async_context(scoring(SGLangConfig(url, api_key=engine_api_key), model))
+            engine, info = found.engine, found.info
             if info.differs:
                 each = ", ".join(f"{server}: {name}" for server, name in info.weight_versions.items())
                 raise ConfigError(
                     f"{url} is a router whose servers have different weights: {each}; give "
                     "the URL of the one to verify against"
                 )
-            directory = model_directory(model_of(model, info.model))
-            sizes = model_sizes(directory)
-            tokenizer = Tokenizer(directory / "tokenizer.json", num_ids=sizes.vocab_size)
-            await check_same(asking, info.model, directory, tokenizer)
-            vocab_size = sizes.vocab_size or tokenizer.vocab_size
-            engine = await stack.enter_async_context(
-                contextlib.aclosing(
-                    SGLangEngine(SGLangConfig(url, api_key=engine_api_key), vocab_size=vocab_size)
-                )
-            )
-            usual = TOLERANCES["float32" if dtype == "float32" else "other"]
+            usual = TOLERANCES["float32" if await engine.dtype() == "float32" else "other"]
             columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
             task = progress.add_task("", total=total)
@@ -114,11 +99,11 @@ def verify(
                 file,
                 engine,
                 engine_version=info.weight_version,
-                vocab_size=vocab_size,
+                vocab_size=engine.vocab_size,
                 tolerance=usual[0] if tolerance is None else tolerance,
                 max_share=usual[1] if max_share is None else max_share,
                 judged=versions,
-                tokenizer=tokenizer,
+                tokenizer=found.tokenizer,
                 concurrency=concurrency,
                 on_sample=lambda: progress.advance(task),
             )
@@ -132,12 +117,3 @@ def verify(
         draw_histogram(report, histogram)
     if report.problems:
         sys.exit(1)
-
-
-def model_of(asked: str | None, served: str | None) -> str:
-    """The model asked for, else what the engine serves, if it is a directory here; raises `ConfigError`."""
-    if asked is not None:
-        return asked
-    if served is not None and Path(served).is_dir():
-        return served
-    raise ConfigError(f"--model is needed: the engine serves {served!r}, which is no directory here")

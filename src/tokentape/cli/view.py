@@ -9,13 +9,12 @@ import click
 import uvloop
 
 from tokentape.cli.options import PORT, STORE_THERE, address, until_stopped
-from tokentape.doctor.same import check_same
+from tokentape.cli.scoring import scoring, tokenizer_of
 from tokentape.engines.server import serve
-from tokentape.engines.sglang import SGLangConfig, SGLangEngine
+from tokentape.engines.sglang import SGLangConfig
 from tokentape.errors import ConfigError
-from tokentape.model import model_directory, model_sizes
+from tokentape.model import model_directory
 from tokentape.stores import is_shared, open_store
-from tokentape.tokenizer import Tokenizer
 from tokentape.viewer.app import make_app
 from tokentape.viewer.desk import Desk
 from tokentape.viewer.files import FileSource
@@ -69,17 +68,16 @@ async def _serving(
 ) -> AsyncGenerator[str]:
     async with contextlib.AsyncExitStack() as stack:
         source = await stack.enter_async_context(_source(what))
-        found = None if model is None else _found(model)
-        engine = None
+        tokenizer = engine = None
         if url is not None:
-            if found is None:
+            if model is None:
                 raise ConfigError("--engine needs --model: no id may be sent that the model does not have")
-            directory, tokenizer, vocab_size = found
-            engine = SGLangEngine(SGLangConfig(url, api_key=engine_api_key), vocab_size=vocab_size)
-            await stack.enter_async_context(contextlib.aclosing(engine))
-            served = (await engine.info()).model
-            await check_same(engine, served, directory, tokenizer)
-        app = make_app(Desk(source, None if found is None else found[1], engine), api_key)
+            config = SGLangConfig(url, api_key=engine_api_key)
+            found = await stack.enter_async_context(scoring(config, model))
+            tokenizer, engine = found.tokenizer, found.engine
+        elif model is not None:
+            tokenizer = tokenizer_of(model_directory(model))
+        app = make_app(Desk(source, tokenizer, engine), api_key)
         page = f"{await stack.enter_async_context(serve(app, host, port, drain_s=1.0))}/ui/"
         if opens:
             webbrowser.open(page)
@@ -101,11 +99,3 @@ async def _source(what: Path | str) -> AsyncGenerator[Source]:
 def _is_parquet(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(_PARQUET)) == _PARQUET
-
-
-def _found(model: str) -> tuple[Path, Tokenizer, int]:
-    """A model's directory, its tokenizer, and how many ids it has."""
-    directory = model_directory(model)
-    sizes = model_sizes(directory)
-    tokenizer = Tokenizer(directory / "tokenizer.json", num_ids=sizes.vocab_size)
-    return directory, tokenizer, sizes.vocab_size or tokenizer.vocab_size
