@@ -308,3 +308,8 @@ class GatewayRefused(GatewayError):
 
 class InternalError(TokentapeError):
     """An invariant of tokentape is broken: our bug, never the user's."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -15,15 +15,15 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import psycopg
 from psycopg.rows import DictRow
 from psycopg_pool import PoolTimeout
 
-from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError
-from tokentape.postgres_connections import Connections, one_line
+from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError, one_line
+from tokentape.postgres_connections import Connections
 from tokentape.postgres_dsn import without_password
 from tokentape.postgres_sql import (
     ARE_THERE,
@@ -53,7 +53,6 @@ from tokentape.store import Failure, Replica, SessionRecord, StoredSession, reco
 from tokentape.tape import Turn
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _NONE = -1  # no session has this fence
 

@@ -12,7 +12,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from tokentape.errors import StoreError, StoreFull
+from tokentape.errors import StoreError, StoreFull, one_line
 from tokentape.postgres_sql import Connection, migrate
 
 T = TypeVar("T")
@@ -142,8 +142,3 @@ class Connections:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, or its name."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -53,11 +53,6 @@ def is_well(checks: Sequence[Check]) -> bool:
     return not any(check.status is Status.WRONG for check in checks)
 
 
-def one_line(error: BaseException) -> str:
-    """An error's words on one line, without its own advice repeated."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def size(num_bytes: float) -> str:
     """A number of bytes for people."""
     if num_bytes < 2**20:

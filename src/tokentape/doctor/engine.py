@@ -5,7 +5,7 @@ import re
 import uuid
 from pathlib import Path
 
-from tokentape.doctor.checks import Check, Checks, Status, one_line
+from tokentape.doctor.checks import Check, Checks, Status
 from tokentape.doctor.model import HELLO, Model
 from tokentape.doctor.same import other_directory, other_tokenizer
 from tokentape.engines.base import EngineInfo, GenerateRequest, GenerateResult
@@ -19,6 +19,7 @@ from tokentape.errors import (
     EngineTimeout,
     EngineUnavailable,
     TokentapeError,
+    one_line,
 )
 from tokentape.render import Frame
 from tokentape.types import Prompt, Sampling

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tokentape.audit import audit
 from tokentape.audit.report import Severity
-from tokentape.doctor.checks import Check, Checks, one_line
-from tokentape.errors import ConfigError, TokentapeError
+from tokentape.doctor.checks import Check, Checks
+from tokentape.errors import ConfigError, TokentapeError, one_line
 from tokentape.formats import FORMATS, Format, detect
 from tokentape.model import ModelSizes, model_directory, model_sizes
 from tokentape.render import Frame, Renderer

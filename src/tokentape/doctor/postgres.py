@@ -6,8 +6,8 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from tokentape.doctor.checks import Check, Checks, one_line
-from tokentape.errors import ConfigError
+from tokentape.doctor.checks import Check, Checks
+from tokentape.errors import ConfigError, one_line
 from tokentape.postgres_dsn import without_password
 
 _OLDEST = 120000

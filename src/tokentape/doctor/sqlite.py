@@ -8,7 +8,8 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokentape.doctor.checks import Check, Checks, one_line, size
+from tokentape.doctor.checks import Check, Checks, size
+from tokentape.errors import one_line
 from tokentape.schema import SCHEMA_VERSION
 
 _ENOUGH_BYTES = 2**30
