@@ -46,10 +46,10 @@ class Weights:
         Raises:
             StoreError: they could not be made durable.
         """
-        for version in versions:
-            if version not in self._versions:
+        if new := [version for version in versions if version not in self._versions]:
+            for version in new:
                 await self._store.put_version(version, said_by)
-                await self.load()
+            await self.load()
 
     async def oldest(self, versions: Collection[str]) -> str | None:
         """The oldest of these versions, None of none.

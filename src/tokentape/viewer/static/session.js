@@ -6,7 +6,7 @@ import { chip, count, fill, h, later, place, plain, plural, pretty, shown } from
 import { Inspector } from "./inspector.js";
 import { addTurns, messages } from "./messages.js";
 import { go, table } from "./route.js";
-import { Tokens } from "./tokens.js";
+import { GUTTER, Tokens } from "./tokens.js";
 import { Tree } from "./tree.js";
 
 const POLL_MS = 1000;
@@ -362,7 +362,7 @@ export class Session {
     const { at } = await get(of(this.id, heads[0].branch_id, "difference"), { other: heads[1].branch_id });
     if (isOver()) return;
     if (!grows) {
-      const columns = Math.max(24, Math.floor((this.view.clientWidth / 2 - 156) / 8));
+      const columns = Math.max(24, Math.floor((this.view.clientWidth / 2 - GUTTER) / 8));
       this.grids = heads.map((_, side) => new Tokens({ session: this.id, columns, label: side ? "Other branch" : "This branch", scrolled: (top) => this.together(side, top) }));
       this.titles = heads.map(() => h("header"));
       this.view.replaceChildren(h("div", { class: "compare" }, this.titles, this.grids.map((grid) => grid.element)));

@@ -7,7 +7,7 @@ import { h, later, plain } from "./dom.js";
 const ROW = 24; // px, as in style.css
 const CHUNK = 2048; // tokens
 const SPARE = 12; // lines drawn beyond those in view
-const GUTTER = 132 + 24; // px
+export const GUTTER = 132 + 24; // px beside a line's tokens
 const AT_ONCE = 3;
 const PAUSE_MS = 2000; // before what failed is asked for again
 const TALLEST = 8_000_000; // px; browsers know no taller element
