@@ -23,7 +23,7 @@ from gatewaykit import (
     sampled,
     seen_by,
 )
-from serving import serving
+from serving import Process, serving
 from tokentape.cli import main
 from tokentape.errors import ConfigError
 from tokentape.gateway.passing import connector
@@ -122,10 +122,11 @@ async def test_sessions_move_to_who_comes_and_from_who_goes(
         assert_samples_match(seen_by(fake), rows, num_turns=24)
 
 
-async def test_a_replica_that_is_killed(
+@contextlib.asynccontextmanager
+async def two_of_them(
     fake: FakeSGLang, model_dir: Path, database: str, tmp_path: Path
-) -> None:
-    """Its sessions are answered by the others when its lease is over, with all that it acknowledged."""
+) -> AsyncGenerator[tuple[Process, Gateway, Gateway]]:
+    """A replica that is a process of its own, as process and as gateway, and one that is here."""
     fake.responder = lambda asked: sampled("hello", seed=len(asked.input_ids))
     arguments = ["serve", "--model", str(model_dir), "--engine", fake.url, "--port", "0"]
     arguments += ["--store", database, "--lease", str(LEASE_S)]
@@ -134,7 +135,14 @@ async def test_a_replica_that_is_killed(
         serving(tmp_path / "log", *arguments) as process,
         aiohttp.ClientSession() as client,
     ):
-        goes = Gateway(process.url, client)
+        yield process, Gateway(process.url, client), stays
+
+
+async def test_a_replica_that_is_killed(
+    fake: FakeSGLang, model_dir: Path, database: str, tmp_path: Path
+) -> None:
+    """Its sessions are answered by the others when its lease is over, with all that it acknowledged."""
+    async with two_of_them(fake, model_dir, database, tmp_path) as (process, goes, stays):
         agents = [Agent(goes, await goes.create(session_id=f"s{n}")) for n in range(8)]
         for agent in agents:
             await agent.turn(USER)
@@ -151,15 +159,7 @@ async def test_a_replica_that_was_frozen_has_what_another_one_finished(
     fake: FakeSGLang, model_dir: Path, database: str, tmp_path: Path
 ) -> None:
     """It has the first turn in memory; nobody may be given that for the whole."""
-    fake.responder = lambda asked: sampled("hello", seed=len(asked.input_ids))
-    arguments = ["serve", "--model", str(model_dir), "--engine", fake.url, "--port", "0"]
-    arguments += ["--store", database, "--lease", str(LEASE_S)]
-    async with (
-        gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as stays,
-        serving(tmp_path / "log", *arguments) as process,
-        aiohttp.ClientSession() as client,
-    ):
-        frozen = Gateway(process.url, client)
+    async with two_of_them(fake, model_dir, database, tmp_path) as (process, frozen, stays):
         agents = [Agent(frozen, await frozen.create(session_id=f"s{n}")) for n in range(6)]
         for agent in agents:
             await agent.turn(USER)
