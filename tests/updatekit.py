@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import json
 import random
 import shutil
 from collections import defaultdict
@@ -31,6 +32,16 @@ def perturbed(model_dir: Path, out: Path, *, scale: float, seed: int = 0) -> Pat
         if tensor.ndim == 2:
             noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * scale
             tensors[name] = (tensor.float() + noise).to(tensor.dtype)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def endless(model_dir: Path, out: Path) -> Path:
+    """The same model, which hardly ever ends a turn: its tests can count on one that is under way."""
+    shutil.copytree(model_dir, out)
+    tensors = load_file(out / "model.safetensors")
+    end = json.loads((out / "config.json").read_text())["eos_token_id"]
+    tensors["model.embed_tokens.weight"][end] = 0.0  # its logit then, where what is likely has ten and more
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 

@@ -16,7 +16,7 @@ from livekit import LiveServer, LiveServers, routed, workers_of
 from recording import Recording, recording
 from tokentape.engines.pool import PoolConfig
 from tokentape.invariants import check_samples
-from updatekit import check, perturbed
+from updatekit import check, endless, perturbed
 
 pytestmark = pytest.mark.live
 
@@ -95,8 +95,9 @@ async def test_an_update_of_all_servers(
 ) -> None:
     """One server misses an update: the gateway says so, and so does every token. Then it has it, too."""
     servers = await asyncio.to_thread(sglang_servers.of, "tiny", 2)
-    old = servers[0].model_dir
-    new = await asyncio.to_thread(perturbed, old, tmp_path / "new", scale=0.8)
+    old = await asyncio.to_thread(endless, servers[0].model_dir, tmp_path / "old")
+    noisy = await asyncio.to_thread(perturbed, old, tmp_path / "noisy", scale=0.8)
+    new = await asyncio.to_thread(endless, noisy, tmp_path / "new")
     async with (
         behind_a_router(servers, tmp_path / "s.sqlite") as (gateway, router),
         aiohttp.ClientSession(raise_for_status=True) as trainer,
@@ -107,7 +108,7 @@ async def test_an_update_of_all_servers(
         assert (await gateway.ok("POST", "/weights", {"version": "1"}))["said_by"] == "engine"
 
         first = asyncio.gather(*(talk(gateway, n, 1, 200) for n in range(4)))
-        await until_all_sample(trainer, urls)
+        await until_all_sample(gateway, 4, trainer, urls)
         assert (await gateway.ok("POST", "/pause"))["interrupted"] == 4
         await update(trainer, urls[0], new, "2")
         answer = await gateway.request("POST", "/weights", {"version": "2"})
@@ -146,15 +147,21 @@ async def update(trainer: aiohttp.ClientSession, url: str, model_dir: Path, vers
         assert (await answer.json())["success"] is True
 
 
-async def until_all_sample(http: aiohttp.ClientSession, urls: list[str]) -> None:
-    """A cache in use cannot be flushed."""
-    for url in urls:
-        async with asyncio.timeout(30):
-            while True:
-                async with http.post(url + "/flush_cache", raise_for_status=False) as answer:
-                    if answer.status != 200:
-                        break
-                await asyncio.sleep(0.05)
+async def until_all_sample(
+    gateway: Gateway, num_running: int, http: aiohttp.ClientSession, urls: list[str]
+) -> None:
+    """A cache in use cannot be flushed: all servers must refuse at one time."""
+    async with asyncio.timeout(30):
+        while True:
+            num = (await gateway.ok("GET", "/weights"))["running"]
+            if num >= num_running and all(await asyncio.gather(*(samples(http, url) for url in urls))):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def samples(http: aiohttp.ClientSession, url: str) -> bool:
+    async with http.post(url + "/flush_cache", raise_for_status=False) as answer:
+        return answer.status != 200
 
 
 async def test_the_router_loses_a_server(
@@ -162,11 +169,11 @@ async def test_the_router_loses_a_server(
 ) -> None:
     servers = await asyncio.to_thread(sglang_servers.of, "tiny", 2)
     async with behind_a_router(servers, tmp_path / "s.sqlite") as (gateway, _):
-        rows = await under_loss(gateway, servers)
+        model_dir, rows = await under_loss(gateway, servers, tmp_path)
         (worker,) = (await gateway.ok("GET", "/workers"))["workers"]
         assert list(worker["servers"]) == [servers[0].url]
         said = moved(await gateway.request("GET", "/metrics"))
-    await assert_sound(rows, servers[0].model_dir, said, capsys)
+    await assert_sound(rows, model_dir, said, capsys)
 
 
 async def test_the_pool_loses_a_server(
@@ -179,24 +186,28 @@ async def test_the_pool_loses_a_server(
         one.url, one.model_dir, tmp_path / "s.sqlite", engine=PATIENT, pool=pool
     ) as gateway:
         await gateway.ok("GET", "/readyz")
-        rows = await under_loss(gateway, servers)
+        model_dir, rows = await under_loss(gateway, servers, tmp_path)
         workers = (await gateway.ok("GET", "/workers"))["workers"]
         assert {w["url"]: w["state"] for w in workers} == {
             servers[0].url: "healthy",
             servers[1].url: "ejected",
         }
         said = moved(await gateway.request("GET", "/metrics"))
-    await assert_sound(rows, one.model_dir, said, capsys)
+    await assert_sound(rows, model_dir, said, capsys)
 
 
-async def under_loss(gateway: Gateway, servers: list[LiveServer]) -> list[Json]:
-    """Six sessions of four turns; the second server is killed while it samples. No turn may be lost."""
+async def under_loss(gateway: Gateway, servers: list[LiveServer], tmp_path: Path) -> tuple[Path, list[Json]]:
+    """Six sessions of four turns; the second server is killed while it samples. No turn may be lost.
+
+    The weights, and the samples.
+    """
+    model_dir = await asyncio.to_thread(endless, servers[0].model_dir, tmp_path / "endless")
     async with aiohttp.ClientSession(raise_for_status=True) as trainer:
         for server in servers:
-            await update(trainer, server.url, server.model_dir, "0")  # whatever the test before left there
-        load = asyncio.gather(*(talk(gateway, n, 4, 96) for n in range(6)))
+            await update(trainer, server.url, model_dir, "0")  # whatever the test before left there
+        load = asyncio.gather(*(talk(gateway, n, 4, 64) for n in range(6)))
         await asyncio.sleep(2)
-        await until_all_sample(trainer, [server.url for server in servers])
+        await until_all_sample(gateway, 6, trainer, [server.url for server in servers])
     servers[1].process.kill()
     agents = await load
     rows: list[Json] = []
@@ -204,7 +215,7 @@ async def under_loss(gateway: Gateway, servers: list[LiveServer]) -> list[Json]:
         summary = await gateway.show(agent.session_id)
         assert (summary["turns"], summary["failures"]) == (4, {})
         rows += await gateway.samples(agent.session_id)
-    return rows
+    return model_dir, rows
 
 
 def moved(metrics: Any) -> list[str]:
