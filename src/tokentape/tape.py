@@ -5,8 +5,9 @@ for a root, the bridge for every other turn) and its completion.
 """
 
 import math
+import re
 from array import array
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -238,12 +239,22 @@ class Tape:
         return len(self.token_ids)
 
 
-def version_order(versions: Sequence[str]) -> dict[str, int]:
-    """Each version's place, the oldest first: by number where all are integers, else as they have come."""
-    known = list(dict.fromkeys(versions))
-    if all(version.isdecimal() for version in known):
-        known.sort(key=int)
+def numbered_versions(versions: Iterable[str]) -> dict[str, int] | None:
+    """Each version's place, the oldest is 0: by the numbers in names that are alike but for these.
+
+    None where they are not: `step-4` is older than `step-20`, but nobody knows of `b` and `a`.
+    """
+    parts = {version: re.split(r"(\d+)", version) for version in versions}
+    if len({(*each[::2],) for each in parts.values()}) > 1:
+        return None
+    known = sorted(parts, key=lambda version: [int(number) for number in parts[version][1::2]])
     return {version: place for place, version in enumerate(known)}
+
+
+def version_order(versions: Iterable[str]) -> dict[str, int]:
+    """Each version's place, the oldest is 0: by their numbers, or else as they have come."""
+    known = list(versions)
+    return numbered_versions(known) or {v: place for place, v in enumerate(dict.fromkeys(known))}
 
 
 def lay_out(path: Sequence[Turn], trained: Container[str], labels: Mapping[str, Label]) -> Tape:

@@ -318,7 +318,10 @@ async def test_a_version_that_was_never_seen(store_of_three: SQLiteStore) -> Non
 
 def test_the_order_of_versions() -> None:
     assert list(version_order(["10", "9", "9", "11"])) == ["9", "10", "11"]
-    assert version_order(["b", "a", "10", "9"]) == {"b": 0, "a": 1, "10": 2, "9": 3}
+    assert list(version_order(["step-20", "step-4", "step-100"])) == ["step-4", "step-20", "step-100"]
+    assert list(version_order(["e2-s1", "e1-s30", "e1-s4"])) == ["e1-s4", "e1-s30", "e2-s1"]
+    assert version_order(["b", "a", "b", "10", "9"]) == {"b": 0, "a": 1, "10": 2, "9": 3}
+    assert version_order([]) == {}
 
 
 # -- Parquet

@@ -4,9 +4,8 @@ In memory are a few samples, and a few numbers for each session, group and versi
 """
 
 import math
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tokentape.report.links import DEFAULT_VIEWER, checked_viewer
 from tokentape.report.odd import Oddest, Usual
 from tokentape.report.read import Measured, measured
 from tokentape.report.spread import Moments, Names, Spread
+from tokentape.tape import numbered_versions
 from tokentape.tokenizer import Tokenizer
 
 
@@ -51,7 +51,7 @@ def report(
     if not whole.num_samples:
         raise ConfigError(f"{path} has no samples: nothing to report; were the sessions exported?")
     usual = whole.usual()
-    oddest, stale = Oddest(usual), _Stale(places(whole.versions))
+    oddest, stale = Oddest(usual), _Stale(numbered_versions(whole.versions))
     for sample in measured(path):
         oddest.add(sample)
         stale.add(sample)
@@ -203,18 +203,6 @@ def _groups(whole: _Whole) -> Groups:
         num_ungrouped=whole.num_ungrouped,
         sizes=sizes.distribution(),
     )
-
-
-def places(versions: Iterable[str]) -> dict[str, int] | None:
-    """Each version's place, the oldest is 0: by the numbers in names that are alike but for these.
-
-    None where they are not: rows of a file come in no order that says which weights were first.
-    """
-    split = {version: re.split(r"(\d+)", version) for version in versions}
-    if len({(*parts[::2],) for parts in split.values()}) > 1:
-        return None
-    known = sorted(split, key=lambda version: [int(number) for number in split[version][1::2]])
-    return {version: place for place, version in enumerate(known)}
 
 
 @dataclass(slots=True)
