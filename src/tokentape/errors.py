@@ -252,7 +252,7 @@ class SessionSealed(TokentapeError):
 
 
 class SessionElsewhere(TokentapeError):
-    """Another replica has the session: ask it at `url`; None where it has not said where it listens."""
+    """Another replica has the session: ask it at `url`; None where it is leaving, or has not come yet."""
 
     status = 503
     retryable = True

@@ -87,6 +87,7 @@ class PostgresStore:
         self.replica_id = f"r-{secrets.token_hex(6)}"
         self.lease_s = lease_s
         self._url: str | None = None
+        self._is_leaving = False
         self._name = without_password(dsn)
         self._readonly = readonly
         self._on_transaction = on_transaction
@@ -280,18 +281,17 @@ class PostgresStore:
         """Whether this replica's lease holds, as far as it knows: nobody else can have its sessions."""
         return time.monotonic() < self._valid_until
 
-    async def advertise(self, url: str | None) -> None:
-        """Say where the others reach this replica, or that it is leaving; None: it is no longer reached."""
-        self._url = url
+    async def advertise(self, url: str | None, *, is_leaving: bool = False) -> None:
+        """Say where the others reach this replica; None: it is no longer reached."""
+        self._url, self._is_leaving = url, is_leaving
         try:
             await self._connections.do(self._renew())
         except (psycopg.Error, PoolTimeout) as error:
             raise StoreError(f"the store failed: {one_line(error)}") from error
 
     async def replicas(self) -> Sequence[Replica]:
-        """The replicas that are reached, also those that say that they are leaving."""
-        rows = await self._read(REPLICAS)
-        return [Replica(row["replica_id"], row["url"]) for row in rows]
+        """The replicas that are reached."""
+        return [Replica(**row) for row in await self._read(REPLICAS)]
 
     async def dismiss(self, replica_id: str) -> None:
         """Take a replica's lease away, because it is known to be dead: its sessions are anybody's at once."""
@@ -348,7 +348,12 @@ class PostgresStore:
     async def _renew(self) -> None:
         began = time.monotonic()
         async with self._connections.for_lease.connection() as connection:
-            given = {"me": self.replica_id, "url": self._url, "lease_s": self.lease_s}
+            given = {
+                "me": self.replica_id,
+                "url": self._url,
+                "is_leaving": self._is_leaving,
+                "lease_s": self.lease_s,
+            }
             [found] = await _rows(connection, RENEW, given)
         if self._valid_until < time.monotonic() or found["has_lapsed"]:  # by this clock, or by the database's
             self._num_lapses += 1  # others may have taken sessions meanwhile: each is asked for again

@@ -51,7 +51,8 @@ UPDATE sessions SET holder = %(me)s, fence = fence + 1 WHERE session_id = %(sess
 ) RETURNING *
 """
 HOLDER = """
-SELECT url, holder FROM sessions LEFT JOIN replicas ON replica_id = holder WHERE session_id = %(session_id)s
+SELECT url, holder FROM sessions LEFT JOIN replicas ON replica_id = holder AND NOT is_leaving
+WHERE session_id = %(session_id)s
 """
 HELD_BY = "SELECT state, fence FROM sessions WHERE session_id = %(session_id)s"
 RELEASE = f"UPDATE sessions SET holder = NULL WHERE {_MINE}"
@@ -90,15 +91,17 @@ ON CONFLICT DO NOTHING
 VERSIONS = "SELECT version, said_by FROM weights ORDER BY seq"
 RENEW = """
 WITH had AS (SELECT 1 FROM replicas WHERE replica_id = %(me)s AND expires_at > now())
-INSERT INTO replicas (replica_id, url, expires_at)
-VALUES (%(me)s, %(url)s, now() + %(lease_s)s * interval '1 second')
-ON CONFLICT (replica_id) DO UPDATE SET url = EXCLUDED.url, expires_at = EXCLUDED.expires_at
+INSERT INTO replicas (replica_id, url, is_leaving, expires_at)
+VALUES (%(me)s, %(url)s, %(is_leaving)s, now() + %(lease_s)s * interval '1 second')
+ON CONFLICT (replica_id) DO UPDATE
+SET url = EXCLUDED.url, is_leaving = EXCLUDED.is_leaving, expires_at = EXCLUDED.expires_at
 RETURNING NOT EXISTS (SELECT 1 FROM had) AS has_lapsed
 """
 FORGET = "DELETE FROM replicas WHERE expires_at < now() - interval '1 day'"
 DISMISS = "DELETE FROM replicas WHERE replica_id = %(replica_id)s"
 REPLICAS = """
-SELECT replica_id, url FROM replicas WHERE expires_at > now() AND url IS NOT NULL ORDER BY replica_id
+SELECT replica_id, url, is_leaving FROM replicas
+WHERE expires_at > now() AND url IS NOT NULL ORDER BY replica_id
 """
 _REMEMBER = """
 INSERT INTO tokentape VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value

@@ -5,9 +5,8 @@ One file on one machine is a `SQLiteStore`; what replicas on several share is a 
 `SQLiteStore` has one writer thread. Whatever is waiting when it is free goes into one transaction, so that a
 hundred sessions share one fsync; a `put` returns only after its own transaction is on disk.
 
-A change that fails before its COMMIT has not happened. Where COMMIT itself fails (disk full, fsync failed)
-it may be in the log all the same, until the next transaction overwrites it: a crash between the two brings it
-back. Such a `StoreError` is `uncertain`.
+A change that fails before its COMMIT has not happened. One whose COMMIT fails (disk full) may be in the log
+all the same, until the next transaction; a crash before that brings it back: the error is `uncertain`.
 """
 
 import asyncio
@@ -162,10 +161,11 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A gateway on a store that several share; `url` is where the others reach it."""
+    """A gateway among others, reached at `url`. Who is leaving gets no session, but is told what all are."""
 
     replica_id: str
     url: str
+    is_leaving: bool
 
 
 class SharedStore(Store, Protocol):
@@ -187,12 +187,12 @@ class SharedStore(Store, Protocol):
         """How often others may have taken this replica's sessions."""
         ...
 
-    async def advertise(self, url: str | None) -> None:
-        """Say where the others reach this replica, or that it is leaving; None: it is no longer reached."""
+    async def advertise(self, url: str | None, *, is_leaving: bool = False) -> None:
+        """Say where the others reach this replica; None: it is no longer reached."""
         ...
 
     async def replicas(self) -> Sequence[Replica]:
-        """The replicas that are reached, also those that say that they are leaving."""
+        """The replicas that are reached."""
         ...
 
     async def release_all(self, busy: Collection[str]) -> None:

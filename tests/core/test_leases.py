@@ -11,6 +11,7 @@ from tokentape.doctor.postgres import check_postgres
 from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError
 from tokentape.export import stored_samples
 from tokentape.postgres import PostgresStore
+from tokentape.store import Replica
 
 
 async def test_only_one_writes_a_session(database: str) -> None:
@@ -37,6 +38,20 @@ async def test_only_one_writes_a_session(database: str) -> None:
         with pytest.raises(LeaseLost):
             await write
     await two.put_turns("s", [turn("t4")])
+    await one.aclose()
+    await two.aclose()
+
+
+async def test_who_is_leaving_is_seen_but_nobody_is_sent_there(database: str) -> None:
+    one, two = PostgresStore(database, lease_s=60.0), PostgresStore(database, lease_s=60.0)
+    await one.advertise("http://one", is_leaving=True)
+    await one.put_session(record())
+    assert await two.replicas() == [Replica(one.replica_id, "http://one", is_leaving=True)]
+    with pytest.raises(SessionElsewhere) as elsewhere:
+        await two.load("s")
+    assert elsewhere.value.url is None
+    await one.advertise(None)
+    assert await two.replicas() == []
     await one.aclose()
     await two.aclose()
 

@@ -193,7 +193,7 @@ async def test_one_that_comes_samples_nothing_before_it_knows(
         await gateway.ok("POST", "/pause")
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         with psycopg.connect(database, autocommit=True) as connection:
-            put = "INSERT INTO replicas VALUES ('r-0', %s, now() + interval '60 s')"
+            put = "INSERT INTO replicas VALUES ('r-0', %s, false, now() + interval '60 s')"
             connection.execute(put, (url,))
             monkeypatch.setattr(catchup, "_ASK_S", 60.0)
             began = time.monotonic()
@@ -231,7 +231,7 @@ async def test_a_turn_waits_while_nobody_says_whether_there_is_a_pause(
         async with gateway_for(fake.url, model_dir, database, lease_s=LEASE_S) as first:
             await first.create(session_id="s")
         with psycopg.connect(database, autocommit=True) as connection:
-            put = "INSERT INTO replicas VALUES ('r-0', %s, now() + interval '60 s')"
+            put = "INSERT INTO replicas VALUES ('r-0', %s, false, now() + interval '60 s')"
             connection.execute(put, (slow_url,))
             coming = asyncio.ensure_future(
                 stack.enter_async_context(gateway_for(fake.url, model_dir, database, lease_s=LEASE_S))

@@ -39,8 +39,6 @@ _ASK_OTHERS = {*PASSED_ON, *ASKS_OTHERS}
 _PATIENCE_S = 30.0  # for a store that is being restarted
 _RETRY_S = 0.2
 _LOOK_S = 0.1
-_LEAVING = "#leaving"
-"""Stands behind the URL of a replica that is leaving: it gets no session, but is told what all are told."""
 
 
 def places(session_id: str, urls: Sequence[str]) -> list[str]:
@@ -115,7 +113,7 @@ class Replicas:
             return
         with contextlib.suppress(StoreError, TimeoutError):  # its lease runs out by itself
             async with asyncio.timeout_at(until):
-                await self._store.advertise(f"{self._url}{_LEAVING}")
+                await self._store.advertise(self._url, is_leaving=True)
                 await self._look()
                 held: set[str] | None = None
                 while held is None or held:
@@ -204,7 +202,7 @@ class Replicas:
                 if (is_here and is_gone) or time.monotonic() > until:  # the engine's own, or too late
                     raise
                 url = error.url if isinstance(error, SessionElsewhere) else None
-                if url is not None and url != at and not url.endswith(_LEAVING):
+                if url is not None and url != at:
                     at = url
                     continue
                 await asyncio.sleep(_RETRY_S)  # nobody reaches it: its lease must run out first
@@ -212,9 +210,9 @@ class Replicas:
                 at = self._url if is_here or is_gone else self._place(session_id)
 
     async def _look(self) -> None:
-        urls = [replica.url for replica in await self._store.replicas()]
-        self._urls = [url for url in urls if not url.endswith(_LEAVING)]
-        self._leaving_urls = [url.removesuffix(_LEAVING) for url in urls if url.endswith(_LEAVING)]
+        replicas = await self._store.replicas()
+        self._urls = [replica.url for replica in replicas if not replica.is_leaving]
+        self._leaving_urls = [replica.url for replica in replicas if replica.is_leaving]
 
     def _place(self, session_id: str) -> str:
         return next(iter(places(session_id, self._urls)), self._url)

@@ -70,5 +70,6 @@ CREATE TABLE weights (
 CREATE TABLE replicas (  -- who is there: a row that has expired has lost all its sessions
     replica_id TEXT PRIMARY KEY,
     url TEXT,
+    is_leaving BOOLEAN NOT NULL,
     expires_at TIMESTAMPTZ NOT NULL
 );
