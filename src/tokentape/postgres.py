@@ -49,7 +49,8 @@ from tokentape.postgres_sql import (
     put_turns,
 )
 from tokentape.schema import FAILURES, SESSIONS, rows_to_turns, turn_to_row
-from tokentape.store import Failure, Replica, SessionRecord, StoredSession, record_of, row_of
+from tokentape.shared import Replica
+from tokentape.store import Failure, SessionRecord, StoredSession, record_of, row_of
 from tokentape.tape import Turn
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class PostgresStore:
         await self._change(session_id, run)
 
     async def put_version(self, version: str, said_by: str) -> None:
-        """Remember that these weights have come, behind all others; nothing changes where they had."""
+        """Remember that these weights have come, behind all others; the engine's keep an earlier place."""
         given = {"version": version, "now": time.time(), "said_by": said_by}
 
         async def run(connection: Connection, again: bool) -> None:
@@ -174,7 +175,7 @@ class PostgresStore:
         await self._change("", run)
 
     async def versions(self) -> Sequence[tuple[str, str]]:
-        """All weights that have come, oldest first, each with who said so: "engine" or "caller"."""
+        """All weights, in the order in which they came last; who said so of each: "engine" or "caller"."""
         rows = await self._read(VERSIONS)
         return [(row["version"], row["said_by"]) for row in rows]
 

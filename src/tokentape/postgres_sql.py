@@ -86,7 +86,8 @@ SELECT count(*) AS there FROM turns WHERE session_id = %(session_id)s AND turn_i
 """
 PUT_VERSION = """
 INSERT INTO weights (version, first_seen_at, said_by) VALUES (%(version)s, %(now)s, %(said_by)s)
-ON CONFLICT DO NOTHING
+ON CONFLICT (version) DO UPDATE
+SET seq = DEFAULT, said_by = EXCLUDED.said_by WHERE EXCLUDED.said_by = 'caller'
 """
 VERSIONS = "SELECT version, said_by FROM weights ORDER BY seq"
 RENEW = """

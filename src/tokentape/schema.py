@@ -93,7 +93,7 @@ FAILURES = (
     Column("num_tokens", "int"),
     Column("created_at", "real"),
 )
-WEIGHTS = (  # every version ever seen, in the order of its coming: the rows' own
+WEIGHTS = (  # every version ever seen, in the order in which they came last: the rows' own
     Column("version", "text", key=True),
     Column("first_seen_at", "real"),
     Column("said_by", "text"),  # "engine" or "caller"

@@ -5,8 +5,9 @@ One file on one machine is a `SQLiteStore`; what replicas on several share is a 
 `SQLiteStore` has one writer thread. Whatever is waiting when it is free goes into one transaction, so that a
 hundred sessions share one fsync; a `put` returns only after its own transaction is on disk.
 
-A change that fails before its COMMIT has not happened. One whose COMMIT fails (disk full) may be in the log
-all the same, until the next transaction; a crash before that brings it back: the error is `uncertain`.
+A change that fails before its COMMIT has not happened. Where COMMIT itself fails (disk full, fsync failed)
+it may be in the log all the same, until the next transaction overwrites it: a crash between the two brings it
+back. Such a `StoreError` is `uncertain`.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -45,7 +46,11 @@ T = TypeVar("T")
 
 _PUT_SESSION = insert_into("sessions", SESSIONS).replace("INSERT", "REPLACE", 1)
 _PUT_TURN = insert_into("turns", TURNS)
-_PUT_VERSION = insert_into("weights", WEIGHTS).replace("INSERT", "INSERT OR IGNORE", 1)
+_TO_THE_END = """
+ON CONFLICT (version) DO UPDATE
+SET rowid = (SELECT max(rowid) + 1 FROM weights), said_by = excluded.said_by WHERE excluded.said_by = 'caller'
+"""
+_PUT_VERSION = insert_into("weights", WEIGHTS) + _TO_THE_END
 _PUT_FAILURE = insert_into("failures", FAILURES)
 _FROM = "SELECT * FROM sessions WHERE session_id > :after"
 _LIST = f"{_FROM} ORDER BY session_id LIMIT :limit"
@@ -119,11 +124,11 @@ class Store(Protocol):
         ...
 
     async def put_version(self, version: str, said_by: str) -> None:
-        """Remember that these weights have come, behind all others; nothing changes where they had."""
+        """Remember that these weights have come, behind all others; the engine's keep an earlier place."""
         ...
 
     async def versions(self) -> Sequence[tuple[str, str]]:
-        """All weights that have come, oldest first, each with who said so: "engine" or "caller"."""
+        """All weights, in the order in which they came last; who said so of each: "engine" or "caller"."""
         ...
 
     async def delete(self, session_id: str) -> None:
@@ -156,51 +161,6 @@ class Store(Protocol):
 
     async def aclose(self) -> None:
         """Finish what is waiting and close."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """A gateway among others, reached at `url`. Who is leaving gets no session, but is told what all are."""
-
-    replica_id: str
-    url: str
-    is_leaving: bool
-
-
-class SharedStore(Store, Protocol):
-    """A store of several gateways, each of which holds the sessions that it writes.
-
-    `lease_s` seconds after a replica was last heard of, the others may take its sessions.
-    """
-
-    replica_id: str
-    lease_s: float
-
-    @property
-    def is_leased(self) -> bool:
-        """Whether this replica's lease holds, as far as it knows: nobody else can have its sessions."""
-        ...
-
-    @property
-    def num_lapses(self) -> int:
-        """How often others may have taken this replica's sessions."""
-        ...
-
-    async def advertise(self, url: str | None, *, is_leaving: bool = False) -> None:
-        """Say where the others reach this replica; None: it is no longer reached."""
-        ...
-
-    async def replicas(self) -> Sequence[Replica]:
-        """The replicas that are reached."""
-        ...
-
-    async def release_all(self, busy: Collection[str]) -> None:
-        """Give back all sessions but those `busy`: also the ones that are in no memory."""
-        ...
-
-    async def dismiss(self, replica_id: str) -> None:
-        """Take a replica's lease away, because it is known to be dead: its sessions are anybody's at once."""
         ...
 
 
@@ -281,12 +241,12 @@ class SQLiteStore:
         await self._insert(_PUT_FAILURE, [row])
 
     async def put_version(self, version: str, said_by: str) -> None:
-        """Remember that these weights have come, behind all others; nothing changes where they had."""
+        """Remember that these weights have come, behind all others; the engine's keep an earlier place."""
         row = {"version": version, "first_seen_at": time.time(), "said_by": said_by}
         await self._insert(_PUT_VERSION, [row])
 
     async def versions(self) -> Sequence[tuple[str, str]]:
-        """All weights that have come, oldest first, each with who said so: "engine" or "caller"."""
+        """All weights, in the order in which they came last; who said so of each: "engine" or "caller"."""
 
         def run(connection: sqlite3.Connection) -> Sequence[tuple[str, str]]:
             rows = connection.execute("SELECT version, said_by FROM weights ORDER BY rowid")

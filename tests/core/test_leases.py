@@ -11,7 +11,7 @@ from tokentape.doctor.postgres import check_postgres
 from tokentape.errors import ConfigError, LeaseLost, SessionElsewhere, SessionExists, StoreError
 from tokentape.export import stored_samples
 from tokentape.postgres import PostgresStore
-from tokentape.store import Replica
+from tokentape.shared import Replica
 
 
 async def test_only_one_writes_a_session(database: str) -> None:

@@ -177,12 +177,17 @@ async def test_sessions_are_listed_page_by_page(store: Store) -> None:
 
 
 async def test_versions_keep_their_order(store: Store, open_store: Open) -> None:
-    for version, said_by in (("b", "engine"), ("a", "caller"), ("b", "caller")):
+    """The engine's keep their place; a caller's is in force from now on, whenever it was before."""
+    for version, said_by in (("b", "engine"), ("a", "caller"), ("b", "engine")):
         await store.put_version(version, said_by)
     assert await store.versions() == [("b", "engine"), ("a", "caller")]
+    for version in ("b", "c", "a", "a"):
+        await store.put_version(version, "caller")
+    order = [("b", "caller"), ("c", "caller"), ("a", "caller")]
+    assert await store.versions() == order
     await store.aclose()
     other = open_store()
-    assert await other.versions() == [("b", "engine"), ("a", "caller")]
+    assert await other.versions() == order
     await other.aclose()
 
 

@@ -93,17 +93,23 @@ async def test_the_engine_knows_better(fake: FakeSGLang, gateway: Gateway) -> No
     assert {v for v, _, _ in spans((await gateway.samples(session_id))[0])} == {"step-3"}
 
 
-async def test_an_announced_name_outlives_the_gateway(fake: FakeSGLang, model_dir: Path, store: Path) -> None:
+@pytest.mark.parametrize(
+    ("announced", "in_order"), [(["10", "9"], ["9", "10"]), (["b", "c", "a", "b"], ["c", "a", "b"])]
+)
+async def test_an_announced_name_outlives_the_gateway(
+    fake: FakeSGLang, model_dir: Path, store: Path, announced: list[str], in_order: list[str]
+) -> None:
+    """Also one that comes again: the weights from before are loaded once more."""
     async with gateway_for(fake.url, model_dir, store) as gateway:
-        await gateway.ok("POST", "/weights", {"version": "10"})
-        await gateway.ok("POST", "/weights", {"version": "9"})
+        for version in announced:
+            await gateway.ok("POST", "/weights", {"version": version})
     async with gateway_for(fake.url, model_dir, store) as gateway:
         state = await gateway.ok("GET", "/weights")
-        assert (state["version"], state["said_by"], state["versions"]) == ("9", "caller", ["9", "10"])
+        assert (state["version"], state["said_by"], state["versions"]) == (announced[-1], "caller", in_order)
         fake.script(sampled("hello"))
         session_id = await gateway.create()
         await gateway.chat(session_id, [USER])
-        assert {v for v, _, _ in spans((await gateway.samples(session_id))[0])} == {"9"}
+        assert {v for v, _, _ in spans((await gateway.samples(session_id))[0])} == {announced[-1]}
 
 
 @pytest.mark.parametrize("body", [{}, {"version": ""}, {"version": 7}, {"version": "7", "x": 1}])

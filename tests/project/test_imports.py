@@ -36,10 +36,13 @@ LAYERS: dict[str, set[str]] = {
     "schema": {*CORE, "tape", "tree", "volatile"},
     "constrain": {*CORE, "formats", "parse"},
     "store": {*CORE, "tape", "schema"},
+    "shared": {*CORE, "store"},
     "postgres_sql": {*CORE, "schema"},
     "postgres_connections": {*CORE, "postgres_sql"},
     "postgres_dsn": CORE,
-    "postgres": {*CORE, "postgres_connections", "postgres_dsn", "postgres_sql", "tape", "schema", "store"},
+    "postgres": {
+        *CORE, "postgres_connections", "postgres_dsn", "postgres_sql", "tape", "schema", "shared", "store",
+    },
     "stores": {*CORE, "postgres", "store"},
     "export": {*CORE, "export", "tape", "tree", "schema", "store"},
     "verify": {*CORE, "engines.sglang_score", "export", "invariants", "shown", "tape", "tokenizer", "verify"},
@@ -56,9 +59,9 @@ LAYERS: dict[str, set[str]] = {
     "testing": {*CORE, "engines.base", "testing"},
     "gateway": {
         *TEXT, "constrain", "conversation", "engines", "export", "formats", "gateway", "metrics", "model",
-        "parse", "render", "schema", "store", "stores", "tape", "tree", "viewer", "volatile", "",
+        "parse", "render", "schema", "shared", "store", "stores", "tape", "tree", "viewer", "volatile", "",
     },
-    "scale": {*CORE, "engines.server", "gateway", "scale", "store", "stores"},
+    "scale": {*CORE, "engines.server", "gateway", "scale", "shared", "stores"},
     "demo": {*CORE, "demo", "engines.local.forward", "model", "tokenizer"},
     "cli": {
         *CORE, "addresses", "audit", "cli", "demo", "doctor", "engines", "export", "formatfile", "formats",

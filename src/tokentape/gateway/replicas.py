@@ -31,7 +31,7 @@ from tokentape.gateway.passing import (
     pass_on,
 )
 from tokentape.gateway.sessions import new_session_id
-from tokentape.store import SharedStore
+from tokentape.shared import SharedStore
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """Weights that change under a gateway: their names, their order, the pause in which they are exchanged."""
 
+import asyncio
 import logging
 from collections.abc import Collection, Iterable
 
@@ -24,6 +25,7 @@ class Weights:
         self._engine = engine
         self._store = store
         self._versions: dict[str, None] = {}
+        self._loading = asyncio.Lock()
         self.num_pauses = 0  # and resumes: how often somebody has said so
 
     async def load(self) -> None:
@@ -31,24 +33,24 @@ class Weights:
 
         Others on the store may have put versions, and their order is the store's.
         """
-        known = await self._store.versions()
-        if len(known) < len(self._versions):  # another read was faster
-            return
-        news = known[-1] if known and known[-1][0] not in self._versions else None
-        self._versions = {version: None for version, _ in known}
-        if news is not None and news[1] == "caller":
-            self._engine.version = news[0]
-            self._engine.doubt()
+        async with self._loading:  # else an older answer may come last
+            known = await self._store.versions()
+            last, was = known[-1:], next(reversed(self._versions), None)
+            self._versions = {version: None for version, _ in known}
+            for version, said_by in last:
+                if version != was and said_by == "caller":
+                    self._engine.version = version
+                    self._engine.doubt()
 
-    async def saw(self, versions: Iterable[str], said_by: str = "engine") -> None:
-        """Remember versions in the order of their coming.
+    async def saw(self, versions: Iterable[str]) -> None:
+        """Remember versions that the engine named, in the order of their coming.
 
         Raises:
             StoreError: they could not be made durable.
         """
         if new := [version for version in versions if version not in self._versions]:
             for version in new:
-                await self._store.put_version(version, said_by)
+                await self._store.put_version(version, "engine")
             await self.load()
 
     async def oldest(self, versions: Collection[str]) -> str | None:
@@ -90,7 +92,8 @@ class Weights:
                 "way: POST /pause first, exchange the weights, announce them, then POST /resume",
                 param="version",
             )
-        await self.saw([version], "caller")
+        await self._store.put_version(version, "caller")
+        await self.load()
         self._engine.version = version
         return self._state(info, version, "caller")
 

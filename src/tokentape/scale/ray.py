@@ -25,7 +25,7 @@ from tokentape.errors import ConfigError, StoreError
 from tokentape.gateway.service import ServiceConfig, started, tune
 from tokentape.scale.config import ScaleConfig
 from tokentape.scale.front import front
-from tokentape.store import SharedStore
+from tokentape.shared import SharedStore
 from tokentape.stores import is_shared, open_store
 
 log = logging.getLogger(__name__)
