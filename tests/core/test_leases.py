@@ -66,6 +66,8 @@ async def test_a_lease_that_ran_out_is_asked_for_again(database: str) -> None:
     assert await one.holds("s")  # nobody has taken it: the database says so
     assert await two.load("s") is not None
     assert not await one.holds("s")
+    await one.aclose()
+    await two.aclose()
 
 
 async def test_a_replica_that_was_taken_for_dead_asks_again(database: str) -> None:
