@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,12 @@ pytestmark = pytest.mark.live
 
 
 def swapped_ids(row: Json) -> None:
-    """Two neighbours change places; with equal ones an id becomes its neighbour in the vocabulary."""
-    ids, at = row["token_ids"], row["turns"][0]["start"] + 1
+    """The most certain id and the one behind it change places; of two equal ones one becomes another.
+
+    Where the model was sure of nothing, another id may be as likely, and no verifier could tell.
+    """
+    ids, spans = row["token_ids"], [range(turn["start"], turn["end"] - 1) for turn in row["turns"]]
+    at = max(itertools.chain(*spans), key=row["logprobs"].__getitem__)
     ids[at], ids[at + 1] = ids[at + 1] + (ids[at] == ids[at + 1]), ids[at]
 
 
