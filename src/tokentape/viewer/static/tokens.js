@@ -66,37 +66,40 @@ export class Tokens {
     this.versions = [...new Set(head.version_spans.map(([version]) => version))];
     this.edges = head.turns.map((turn) => turn.begin);
     this.spans = head.version_spans.map(([, start]) => start);
-    if (!await this.layOut(kept)) return;
+    if (await this.layOut(kept) === null) return;
     this.watching.observe(this.element);
     if (grows && atEnd) this.element.scrollTop = this.element.scrollHeight;
   }
 
-  /** Whether the lines are those of the branch that is shown; it may have changed meanwhile. */
+  /** The token that was at the top until the new lines came; null where another branch is shown by then. */
   async layOut(kept = 0) {
     const probe = h("span", { class: "t" }, "0".repeat(100));
     this.all.append(probe);
     const letter = probe.getBoundingClientRect().width / 100 || 8;
     probe.remove();
+    this.width = this.room();
     this.columns = this.fixed ?? Math.max(24, Math.min(400, Math.floor((this.element.clientWidth - GUTTER) / letter)));
     const { head, columns } = this;
     const { starts, num_tokens } = await get(of(this.session, head.branch_id, "lines"), { columns });
-    if (this.isGone || head !== this.head || columns !== this.columns) return false;
+    if (this.isGone || head !== this.head || columns !== this.columns) return null;
+    const top = this.starts ? this.starts[this.topLine()] : 0;
     this.starts = starts;
     this.num_tokens = num_tokens;
     this.height = Math.min(starts.length * ROW, TALLEST);
     this.all.style.height = `${this.height}px`;
     this.element.setAttribute("aria-rowcount", starts.length);
     this.redraw(kept);
-    return true;
+    return top;
+  }
+
+  room() {
+    return Math.floor((this.element.clientWidth - GUTTER) / 8);
   }
 
   async resized() {
-    if (!this.head || !this.element.isConnected || this.fixed) return;
-    const columns = Math.floor((this.element.clientWidth - GUTTER) / 8);
-    if (Math.abs(columns - (this.width ?? columns)) < 1 && this.width !== undefined) return;
-    this.width = columns;
-    const top = this.starts[this.topLine()];
-    if (await this.layOut()) this.toLine(before(this.starts, top));
+    if (!this.head || !this.element.isConnected || this.fixed || this.room() === this.width) return;
+    const top = await this.layOut();
+    if (top !== null) this.toLine(before(this.starts, top));
   }
 
   // -- where things are
