@@ -284,7 +284,9 @@ def judge(
     is_whole = completion.endswith(end) and all(completion.count(text) >= n for text, n in shown.items())
     if case.reply.reasoning == "" and is_whole:  # a thought opened and closed: no text to look for
         last = text_of(renderer, frame, [*case.before, case.reply], go_on=False)
-        is_whole = last.startswith(prompt + completion.removesuffix(end))
+        seen = prompt + completion.removesuffix(end)
+        rest = last.removeprefix(seen).lstrip()
+        is_whole = last.startswith(seen) and (not rest or rest.startswith(ends_of(model)))
     if isinstance(answer, NotExtendable):
         if preserve or is_whole:
             raise Drift(f"{answer}, and yet the template keeps it all: {completion!r}")
