@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,26 +23,31 @@ from tokentape.invariants import check_samples
 Json = dict[str, Any]
 
 
+@contextlib.contextmanager
+def copied(model_dir: Path, out: Path) -> Generator[dict[str, torch.Tensor]]:
+    """A copy of a model with the tensors that they are when the context closes."""
+    shutil.copytree(model_dir, out)
+    tensors = load_file(out / "model.safetensors")
+    yield tensors
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
 def perturbed(model_dir: Path, out: Path, *, scale: float, seed: int = 0) -> Path:
     """The same model with noise of `scale` standard deviations on every matrix."""
-    shutil.copytree(model_dir, out)
     generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(out / "model.safetensors")
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2:
-            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * scale
-            tensors[name] = (tensor.float() + noise).to(tensor.dtype)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with copied(model_dir, out) as tensors:
+        for name, tensor in tensors.items():
+            if tensor.ndim == 2:
+                noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * scale
+                tensors[name] = (tensor.float() + noise).to(tensor.dtype)
     return out
 
 
 def endless(model_dir: Path, out: Path) -> Path:
     """The same model, which hardly ever ends a turn: its tests can count on one that is under way."""
-    shutil.copytree(model_dir, out)
-    tensors = load_file(out / "model.safetensors")
-    end = json.loads((out / "config.json").read_text())["eos_token_id"]
-    tensors["model.embed_tokens.weight"][end] = 0.0  # its logit then, where what is likely has ten and more
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    end = json.loads((model_dir / "config.json").read_text())["eos_token_id"]
+    with copied(model_dir, out) as tensors:
+        tensors["model.embed_tokens.weight"][end] = 0.0  # its logit: what is likely has ten and more
     return out
 
 

@@ -35,9 +35,10 @@ class Weights:
         """
         async with self._loading:  # else an older answer may come last
             known = await self._store.versions()
-            last, was = known[-1:], next(reversed(self._versions), None)
+            was = next(reversed(self._versions), None)
             self._versions = {version: None for version, _ in known}
-            for version, said_by in last:
+            if known:
+                version, said_by = known[-1]
                 if version != was and said_by == "caller":
                     self._engine.version = version
                     self._engine.doubt()
@@ -61,7 +62,7 @@ class Weights:
         """
         if not self._versions.keys() >= set(versions):
             await self.load()
-        order = version_order(list(self._versions))
+        order = version_order(self._versions)
         return min(versions, key=lambda version: order.get(version, len(order)), default=None)
 
     async def announce(self, version: str) -> Json:
@@ -127,7 +128,7 @@ class Weights:
         return self._state(info, said, "engine")
 
     def _state(self, info: EngineInfo, version: str | None, said_by: str) -> Json:
-        order = version_order(list(self._versions))
+        order = version_order(self._versions)
         return {
             "version": version,
             "said_by": said_by,

@@ -73,12 +73,7 @@ export class Tokens {
 
   /** The token that was at the top until the new lines came; null where another branch is shown by then. */
   async layOut(kept = 0) {
-    const probe = h("span", { class: "t" }, "0".repeat(100));
-    this.all.append(probe);
-    const letter = probe.getBoundingClientRect().width / 100 || 8;
-    probe.remove();
-    this.width = this.room();
-    this.columns = this.fixed ?? Math.max(24, Math.min(400, Math.floor((this.element.clientWidth - GUTTER) / letter)));
+    this.columns = this.fixed ?? this.fitting();
     const { head, columns } = this;
     const { starts, num_tokens } = await get(of(this.session, head.branch_id, "lines"), { columns });
     if (this.isGone || head !== this.head || columns !== this.columns) return null;
@@ -92,12 +87,17 @@ export class Tokens {
     return top;
   }
 
-  room() {
-    return Math.floor((this.element.clientWidth - GUTTER) / 8);
+  /** How many columns there is room for. */
+  fitting() {
+    const probe = h("span", { class: "t" }, "0".repeat(100));
+    this.all.append(probe);
+    const letter = probe.getBoundingClientRect().width / 100 || 8;
+    probe.remove();
+    return Math.max(24, Math.min(400, Math.floor((this.element.clientWidth - GUTTER) / letter)));
   }
 
   async resized() {
-    if (!this.head || !this.element.isConnected || this.fixed || this.room() === this.width) return;
+    if (!this.head || !this.element.isConnected || this.fixed || this.fitting() === this.columns) return;
     const top = await this.layOut();
     if (top !== null) this.toLine(before(this.starts, top));
   }
